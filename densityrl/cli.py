@@ -1,0 +1,299 @@
+"""The command line: parse, build one configuration, call one function, print.
+
+Heavy imports stand inside the commands, so that `densityrl --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from densityrl import __version__
+from densityrl.config import FinetuneConfig, RewardConfig
+from densityrl.errors import DensityRLError
+from densityrl.run import Interrupted
+
+app = typer.Typer(
+    name="densityrl",
+    help="Sculpt the geometry of a 3D-aware GAN by preference: read densities, train a reward, "
+    "fine-tune the generator, compare.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+GeneratorOption = Annotated[
+    str, typer.Option(help="A bundled generator (busts), an EG3D .pkl, or a directory.")
+]
+OutOption = Annotated[Path, typer.Option(help="Directory to write.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ...")]
+SlabOption = Annotated[str, typer.Option(help="face (the paper's crop) or full.")]
+LevelOption = Annotated[float, typer.Option(help="Raw density of the surface.")]
+
+
+def _default(config: type, name: str) -> Any:
+    """The default of a configuration's field: stated once, shown in --help."""
+    return next(field.default for field in fields(config) if field.name == name)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'0-7,12' to [0, ..., 7, 12]; each once, in the order given."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        try:
+            low, high = int(first), int(last or first)
+        except ValueError:
+            raise typer.BadParameter(
+                f"{part.strip()!r} is no seed; write for example 0-7,12"
+            ) from None
+        if not 0 <= low <= high < 2**32:
+            raise typer.BadParameter(f"{part.strip()!r} must rise, within 0 to 2**32 - 1")
+        if high - low > 1_000_000:
+            raise typer.BadParameter(f"{part.strip()!r} is more than a million seeds")
+        seeds.extend(range(low, high + 1))
+    return list(dict.fromkeys(seeds))
+
+
+def _slab(value: str) -> Any:
+    if value not in ("face", "full"):
+        raise typer.BadParameter(f"--slab is face or full, not {value!r}")
+    return value
+
+
+@app.command()
+def sample(
+    generator: GeneratorOption,
+    seeds: Annotated[str, typer.Option(help="Such as 0-7,12.")],
+    out: OutOption,
+    resolution: Annotated[int, typer.Option(min=8, help="Points a side of the whole box.")] = 64,
+    slab: SlabOption = "full",
+    truncation_psi: float = 1.0,
+    level: LevelOption = 10.0,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Seeds to density volumes (.npz), meshes (.ply), images and a contact sheet."""
+    chosen = parse_seeds(seeds)
+    from densityrl.generator import load_generator
+    from densityrl.sample import sample as run
+    from densityrl.volume import SlabSettings
+
+    settings = SlabSettings(resolution=resolution, slab=_slab(slab), truncation_psi=truncation_psi)
+    without_surface = run(load_generator(generator, device), chosen, out, settings, level)
+    print(f"{len(chosen)} seeds in {out}; look at {out / 'sheet.png'}")
+    if without_surface:
+        listed = ", ".join(map(str, without_surface))
+        print(f"no mesh for {listed}: the density never crosses --level {level:g}")
+
+
+@app.command()
+def reward_train(
+    generator: GeneratorOption,
+    preferences: Annotated[
+        Path, typer.Option(help="CSV with winner,loser, or rank1,rank2,...: seeds, better first.")
+    ],
+    out: OutOption,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first pairs.")] = None,
+    resolution: Annotated[
+        int, typer.Option(min=8, help="Points a side of the whole box; the paper has 256.")
+    ] = _default(RewardConfig, "resolution"),
+    slab: SlabOption = _default(RewardConfig, "slab"),
+    truncation_psi: Annotated[
+        float, typer.Option(help="Truncation the ranked samples were made with.")
+    ] = _default(RewardConfig, "truncation_psi"),
+    epochs: Annotated[int, typer.Option(min=1)] = _default(RewardConfig, "epochs"),
+    patience: Annotated[
+        int, typer.Option(min=1, help="Epochs without improvement before stopping.")
+    ] = _default(RewardConfig, "patience"),
+    batch: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = _default(
+        RewardConfig, "batch"
+    ),
+    learning_rate: float = _default(RewardConfig, "learning_rate"),
+    anchors: Annotated[
+        int, typer.Option(min=0, help="Known-good samples (psi 0.25); the paper has 1000.")
+    ] = _default(RewardConfig, "anchors"),
+    seed: int = _default(RewardConfig, "seed"),
+    resume: ResumeOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Preferences to a reward model over density volumes."""
+    config = RewardConfig(
+        generator=generator,
+        preferences=str(preferences),
+        limit=limit,
+        resolution=resolution,
+        slab=_slab(slab),
+        truncation_psi=truncation_psi,
+        epochs=epochs,
+        patience=patience,
+        batch=batch,
+        learning_rate=learning_rate,
+        anchors=anchors,
+        seed=seed,
+    )
+    from densityrl.reward.train import train_reward
+
+    summary = train_reward(config, out, resume=resume, device=device)
+    low, high = summary["accuracy_interval"]
+    pairs = summary["pairs"]
+    print(
+        f"held-out accuracy {summary['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
+        f"{pairs[summary['held_out']]} pairs; calibration error "
+        f"{summary['calibration']['expected_calibration_error']:.3f}; reward in {out}"
+    )
+    if pairs["dropped"]:
+        print(f"{pairs['dropped']} pairs left out, so that no seed is on two sides of the split")
+
+
+@app.command()
+def finetune(
+    generator: GeneratorOption,
+    reward: Annotated[Path, typer.Option(help="Directory that reward-train wrote.")],
+    out: OutOption,
+    steps: Annotated[int, typer.Option(min=1)] = _default(FinetuneConfig, "steps"),
+    batch: Annotated[int, typer.Option(min=1, help="Latents at a time.")] = _default(
+        FinetuneConfig, "batch"
+    ),
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = _default(
+        FinetuneConfig, "accumulate"
+    ),
+    learning_rate: float = _default(FinetuneConfig, "learning_rate"),
+    train: Annotated[
+        str, typer.Option(help="What moves: synthesis, decoder, mapping, comma-separated.")
+    ] = ",".join(_default(FinetuneConfig, "train")),
+    reward_weight: float = _default(FinetuneConfig, "reward_weight"),
+    reward_clip: float = _default(FinetuneConfig, "reward_clip"),
+    consistency_weight: float = _default(FinetuneConfig, "consistency_weight"),
+    appearance_weight: float = _default(FinetuneConfig, "appearance_weight"),
+    appearance_resolution: Annotated[
+        int, typer.Option(min=4, help="Side of the images compared.")
+    ] = _default(FinetuneConfig, "appearance_resolution"),
+    ema_decay: Annotated[float, typer.Option(min=0, max=1)] = _default(FinetuneConfig, "ema_decay"),
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = _default(
+        FinetuneConfig, "checkpoint_every"
+    ),
+    seed: int = _default(FinetuneConfig, "seed"),
+    resume: ResumeOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Generator and reward to a generator with better geometry."""
+    config = FinetuneConfig(
+        generator=generator,
+        reward=str(reward),
+        steps=steps,
+        batch=batch,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        train=tuple(word.strip() for word in train.split(",")),
+        reward_weight=reward_weight,
+        reward_clip=reward_clip,
+        consistency_weight=consistency_weight,
+        appearance_weight=appearance_weight,
+        appearance_resolution=appearance_resolution,
+        ema_decay=ema_decay,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+    )
+    from densityrl.finetune.train import finetune as run
+
+    summary = run(config, out, resume=resume, device=device)
+    print(
+        f"held-out reward {summary['held_out_reward_before']:.3f} -> "
+        f"{summary['held_out_reward_after']:.3f}, better on "
+        f"{summary['held_out_share_better']:.0%} of {len(summary['held_out_seeds'])} seeds; "
+        f"tuned generator in {out}"
+    )
+
+
+@app.command()
+def evaluate(
+    base: GeneratorOption,
+    tuned: GeneratorOption,
+    reward: Annotated[Path, typer.Option(help="Directory that reward-train wrote.")],
+    seeds: Annotated[str, typer.Option(help="Such as 1000-1099.")],
+    out: OutOption,
+    level: LevelOption = 10.0,
+    pictures: Annotated[int, typer.Option(min=1, help="Seeds shown on the page.")] = 8,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Base against tuned: share preferred, appearance, one page with pictures."""
+    chosen = parse_seeds(seeds)
+    from densityrl.evaluation import evaluate as run
+    from densityrl.generator import load_generator
+    from densityrl.reward import RewardModel
+
+    summary = run(
+        load_generator(base, device),
+        load_generator(tuned, device),
+        RewardModel.load(reward, device),
+        chosen,
+        out,
+        level=level,
+        pictures=pictures,
+        about={"base": base, "tuned": tuned, "reward": str(reward)},
+    )
+    low, high = summary["tuned_preferred_interval"]
+    print(
+        f"tuned preferred on {summary['tuned_preferred']:.1%} of {len(chosen)} seeds "
+        f"(95 % interval {low:.1%} to {high:.1%}); look at {out / 'report.html'}"
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("runs/demo"),
+    pairs: Annotated[int, typer.Option(min=20, help="Preferences to simulate.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of fine-tuning.")] = 100,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a demo that was interrupted.")
+    ] = False,
+) -> None:
+    """The whole loop on the bundled generator with a simulated annotator, in minutes."""
+    from densityrl.demo import demo as run
+
+    for line in run(out, pairs=pairs, steps=steps, resume=resume):
+        print(line, flush=True)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, and which backend each operation takes and why."""
+    from densityrl.doctor import report
+
+    print(report())
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"densityrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: an error that a user can act on is one line, a signal its usual exit code."""
+    try:
+        app()
+    except DensityRLError as error:
+        print(f"densityrl: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Interrupted as stop:
+        print(f"densityrl: {stop}", file=sys.stderr)
+        raise SystemExit(stop.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What is installed, and what each operation would run on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from densityrl import __version__
+from densityrl.generator import bundled_generators
+from triplane_kernels import available_backends
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "scikit-image", "trimesh")
+OPTIONAL = {"tensorboard": "curves in TensorBoard: pip install 'densityrl[tensorboard]'"}
+
+
+def report() -> str:
+    """Several lines of plain text."""
+    lines = [f"densityrl {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    lines.append("packages: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    for name, use in OPTIONAL.items():
+        lines.append(f"optional: {name} {_version(name)} ({use})")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        lines.append(f"GPU: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    else:
+        lines.append("GPU: torch sees none")
+    lines.append(f"threads: {torch.get_num_threads()}")
+    lines.append(f"bundled generators: {', '.join(bundled_generators())}")
+    for device in devices:
+        lines.append(f"operations on {device}:")
+        for name, choice in available_backends(torch.device(device)).items():
+            lines.append(f"  {name}: {choice.chosen} ({choice.why})")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

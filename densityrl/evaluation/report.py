@@ -1,0 +1,48 @@
+"""The evaluation as one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from densityrl.picture import png_bytes
+from densityrl.run import atomic_write
+
+if TYPE_CHECKING:
+    from densityrl.evaluation.compare import SeedComparison
+
+HISTOGRAM_BINS = 24
+
+
+def write_report(
+    path: str | Path,
+    summary: Mapping[str, Any],
+    shown: Sequence[SeedComparison],
+    tiles: Sequence[Mapping[str, np.ndarray]],
+    gains: np.ndarray,
+) -> None:
+    """Write the page: the summary, a histogram of gains, and a row of pictures a shown seed."""
+    from jinja2 import Environment
+
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    page = Environment(autoescape=True).from_string(template)
+    rows = [
+        {
+            "result": result,
+            "pictures": [
+                (name, base64.b64encode(png_bytes(picture)).decode())
+                for name, picture in pictures.items()
+            ],
+        }
+        for result, pictures in zip(shown, tiles, strict=True)
+    ]
+    counts, edges = np.histogram(gains, bins=HISTOGRAM_BINS)
+    bars = [
+        {"low": low, "high": high, "count": int(count), "height": count / max(counts.max(), 1)}
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+    atomic_write(path, page.render(summary=summary, rows=rows, bars=bars))

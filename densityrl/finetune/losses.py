@@ -1,0 +1,60 @@
+"""The three terms of fine-tuning, each [B]: reward up, density and colour as they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from densityrl.config import FinetuneConfig
+from densityrl.generator import TriplaneGenerator
+from densityrl.reward import RewardModel
+from triplane_kernels import Grid, density_grid_loss
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Unweighted terms of one batch; `reward` is raw, before clipping."""
+
+    reward: Tensor
+    consistency: Tensor
+    appearance: Tensor
+
+    def loss(self, config: FinetuneConfig) -> Tensor:
+        """Mean weighted sum; the reward counts only inside its clip (arXiv:2606.27305)."""
+        clipped = self.reward.clamp(-config.reward_clip, config.reward_clip)
+        return (
+            -config.reward_weight * clipped
+            + config.consistency_weight * self.consistency
+            + config.appearance_weight * self.appearance
+        ).mean()
+
+
+def sculpting_terms(
+    tuned: TriplaneGenerator,
+    frozen: TriplaneGenerator,
+    reward: RewardModel,
+    planes: Tensor,
+    frozen_planes: Tensor,
+    cameras: Tensor,
+    config: FinetuneConfig,
+) -> Terms:
+    """Terms for planes [B, 3, C, H, W] that both generators made from the same latents.
+
+    consistency: mean |sigma - sigma_0| (or its square) of raw density over a grid of the whole
+    box. appearance: mean |colour - colour_0| of volume-rendered images from cameras [B, 25],
+    in units of the colour range [-1, 1]; it takes the place of an image set.
+    """
+    grid = Grid.cube(config.consistency_resolution, tuned.box_side)
+    consistency = density_grid_loss(
+        planes,
+        tuned.decoder,
+        grid,
+        tuned.layout,
+        (frozen_planes, frozen.decoder),
+        kind=config.consistency_kind,
+    )
+    color = tuned.render_raw(planes, cameras, config.appearance_resolution)
+    color_before = frozen.render_raw(frozen_planes, cameras, config.appearance_resolution)
+    appearance = (color - color_before).abs().mean(dim=(1, 2, 3))
+    return Terms(reward.score_planes(tuned, planes), consistency, appearance)

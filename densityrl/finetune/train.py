@@ -1,0 +1,227 @@
+"""Fine-tune a generator so that a reward likes its geometry better."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from densityrl.config import FinetuneConfig
+from densityrl.errors import NonFiniteError, RunError
+from densityrl.finetune.losses import sculpting_terms
+from densityrl.generator import TriplaneGenerator, latents, load_generator, save_generator
+from densityrl.reward import RewardModel
+from densityrl.run import (
+    Interrupted,
+    InterruptGuard,
+    Metrics,
+    RunDirectory,
+    progress,
+    write_summary,
+)
+from densityrl.volume import planes_of_seeds
+
+# Words for `FinetuneConfig.train`, and the parameters (by prefix) each one lets move.
+PARAMETER_GROUPS = {
+    "mapping": "backbone.mapping.",
+    "synthesis": "backbone.synthesis.",
+    "decoder": "osg_decoder.",
+}
+
+
+def finetune(
+    config: FinetuneConfig, out: str | Path, *, resume: bool = False, device: str = "cpu"
+) -> dict[str, Any]:
+    """Run or resume a fine-tuning; returns the summary that is also written to `summary.json`.
+
+    The directory ends as a generator that `load_generator` reads (the moving average of the
+    weights), with metrics.jsonl and config.json. Training latents come from seeds of 2**31 and
+    above, so any smaller seed is held out.
+    """
+    with RunDirectory.create(
+        out, "finetune", asdict(config), resume, may_change={"steps", "checkpoint_every"}
+    ) as run:
+        trainer = Finetuner(
+            config,
+            load_generator(config.generator, device),
+            RewardModel.load(config.reward, device),
+        )
+        if (state := run.load_state()) is not None:
+            trainer.load_state_dict(state)
+        trainer.run(run)
+        before = trainer.held_out_rewards(trainer.frozen)
+        after = trainer.held_out_rewards(trainer.ema)
+        summary = {
+            "steps": trainer.step,
+            "held_out_seeds": list(config.held_out_seeds),
+            "held_out_reward_before": float(before.mean()),
+            "held_out_reward_after": float(after.mean()),
+            "held_out_share_better": float((after > before).float().mean()),
+        }
+        provenance = {"command": "finetune", "config": asdict(config), **summary}
+        save_generator(trainer.ema, run.path, provenance)
+        write_summary(run.path / "summary.json", summary)
+        return summary
+
+
+class Finetuner:
+    """The loop and everything that a resumed run needs to go on to the same numbers.
+
+    Latents and cameras are drawn from (seed, step), so there is no generator state to keep.
+    """
+
+    def __init__(
+        self, config: FinetuneConfig, generator: TriplaneGenerator, reward: RewardModel
+    ) -> None:
+        self.config = config
+        self.reward = reward
+        self.frozen = generator
+        self.tuned = copy.deepcopy(generator)
+        self.ema = copy.deepcopy(generator)
+        self.moving = moving_parameters(self.tuned, config.train)
+        self.optimizer = torch.optim.Adam(
+            self.moving.values(), config.learning_rate, betas=(0.0, 0.99)
+        )
+        self.step = 0
+
+    def run(self, run: RunDirectory) -> None:
+        """Train to the last step, with checkpoints that resume to the same numbers."""
+        config = self.config
+        with (
+            Metrics(run.path / "metrics.jsonl", self.step) as metrics,
+            InterruptGuard() as interrupt,
+            progress(config.steps, "finetune", start=self.step) as bar,
+        ):
+            if self.step == 0:
+                metrics.log(0, held_out_reward=self._held_out_mean())
+            while self.step < config.steps:
+                try:
+                    figures = self._train_step()
+                except NonFiniteError:
+                    run.save_state(self.state_dict())
+                    raise
+                self.step += 1
+                if self.step % config.held_out_every == 0 or self.step == config.steps:
+                    figures["held_out_reward"] = self._held_out_mean()
+                metrics.log(self.step, **figures)
+                bar.update(self.step, **figures)
+                last = self.step == config.steps
+                if last or interrupt.requested or self.step % config.checkpoint_every == 0:
+                    run.save_state(self.state_dict())
+                if interrupt.requested and not last:
+                    raise Interrupted(interrupt.requested, self.step)
+
+    def _train_step(self) -> dict[str, float]:
+        config = self.config
+        totals: dict[str, float] = {}
+        self.optimizer.zero_grad()
+        for part in range(config.accumulate):
+            draw = np.random.default_rng([config.seed, self.step, part])
+            seeds = draw.integers(2**31, 2**32, config.batch).tolist()
+            z = latents(seeds, self.tuned.z_dim).to(self.tuned.device)
+            cameras = self._cameras(draw)
+            with torch.no_grad():
+                frozen_planes = self.frozen.planes(self.frozen.mapping(z))
+            planes = self.tuned.planes(self.tuned.mapping(z))
+            terms = sculpting_terms(
+                self.tuned, self.frozen, self.reward, planes, frozen_planes, cameras, config
+            )
+            loss = terms.loss(config)
+            (loss / config.accumulate).backward()
+            figures = {
+                "loss": loss,
+                "reward": terms.reward.mean(),
+                "consistency": terms.consistency.mean(),
+                "appearance": terms.appearance.mean(),
+            }
+            for name, value in figures.items():
+                totals[name] = totals.get(name, 0.0) + value.item() / config.accumulate
+        norm = nn.utils.clip_grad_norm_(list(self.moving.values()), config.gradient_clip)
+        totals["gradient_norm"] = norm.item()
+        bad = [name for name, value in totals.items() if not np.isfinite(value)]
+        if bad:
+            raise NonFiniteError(
+                f"{', '.join(bad)} not finite at step {self.step + 1}: the state before it is "
+                "kept in state.safetensors; start a new run with a lower --learning-rate"
+            )
+        self.optimizer.step()
+        self._update_ema()
+        return totals
+
+    def _cameras(self, draw: np.random.Generator) -> Tensor:
+        """[B, 25] views around the front."""
+        limits = (self.config.appearance_yaw, self.config.appearance_pitch)
+        angles = draw.uniform(-1, 1, (self.config.batch, 2)) * limits
+        return torch.cat([self.frozen.frontal_camera(yaw, pitch) for yaw, pitch in angles])
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        # A shorter memory at first, so that the average does not cling to the start.
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        average = dict(self.ema.named_parameters())
+        for name, parameter in self.moving.items():
+            average[name].lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
+    def held_out_rewards(self, generator: TriplaneGenerator) -> Tensor:
+        """Raw reward of each held-out seed, [N] on the CPU."""
+        seeds, batch = self.config.held_out_seeds, self.config.batch
+        rewards = [
+            self.reward.score_planes(
+                generator,
+                planes_of_seeds(generator, seeds[i : i + batch], self.reward.settings),
+            ).cpu()
+            for i in range(0, len(seeds), batch)
+        ]
+        return torch.cat(rewards)
+
+    def _held_out_mean(self) -> float:
+        return float(self.held_out_rewards(self.ema).mean())
+
+    def state_dict(self) -> dict[str, Any]:
+        average = dict(self.ema.named_parameters())
+        return {
+            "step": self.step,
+            "tuned": {name: parameter.detach() for name, parameter in self.moving.items()},
+            "ema": {name: average[name].detach() for name in self.moving},
+            "optimizer": self.optimizer.state_dict(),
+            "start": self.frozen.fingerprint(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["start"] != self.frozen.fingerprint():
+            raise RunError(
+                f"the generator at {self.config.generator} is not the one this run started from"
+            )
+        self.step = state["step"]
+        average = dict(self.ema.named_parameters())
+        for name, parameter in self.moving.items():
+            parameter.copy_(state["tuned"][name])
+            average[name].copy_(state["ema"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def moving_parameters(
+    generator: TriplaneGenerator, groups: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """Make the named groups require a gradient and return them by name, the others not."""
+    unknown = sorted(set(groups) - PARAMETER_GROUPS.keys())
+    if unknown or not groups:
+        raise RunError(
+            f"no parameters are called {', '.join(unknown) or 'nothing'}: "
+            f"choose from {', '.join(PARAMETER_GROUPS)}"
+        )
+    prefixes = tuple(PARAMETER_GROUPS[group] for group in groups)
+    moving = {}
+    for name, parameter in generator.named_parameters():
+        parameter.requires_grad_(name.startswith(prefixes))
+        if parameter.requires_grad:
+            moving[name] = parameter
+    return moving

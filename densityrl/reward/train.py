@@ -1,0 +1,276 @@
+"""Train a reward on preference pairs: volumes once, then pairwise logistic loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from densityrl.config import RewardConfig
+from densityrl.errors import NonFiniteError, PreferenceError
+from densityrl.generator import TriplaneGenerator, load_generator
+from densityrl.preference import PreferenceTable, Split, read_preferences, split_preferences
+from densityrl.reward.losses import preference_loss, reward_size_loss
+from densityrl.reward.model import RewardModel
+from densityrl.reward.network import RewardNetwork
+from densityrl.run import (
+    Interrupted,
+    InterruptGuard,
+    Metrics,
+    RunDirectory,
+    progress,
+    write_summary,
+)
+from densityrl.statistics import calibration, wilson_interval
+from densityrl.volume import SlabSettings, VolumeCache, density_slab, normalize_slab
+
+
+def train_reward(
+    config: RewardConfig, out: str | Path, *, resume: bool = False, device: str = "cpu"
+) -> dict[str, Any]:
+    """Run or resume a training; returns the summary that is also written to `summary.json`.
+
+    The directory ends with reward.safetensors and reward.json (`RewardModel.load` reads them),
+    metrics.jsonl, config.json and the volumes. Held-out figures are of the test pairs, which took
+    no part in training or in choosing when to stop.
+    """
+    with RunDirectory.create(out, "reward-train", asdict(config), resume) as run:
+        generator = load_generator(config.generator, device)
+        table = read_preferences(config.preferences, config.limit)
+        split = split_preferences(table, config.split, config.seed)
+        volumes = Volumes(config, generator, run.path / "volumes")
+        volumes.prepare(table)
+        trainer = RewardTrainer(config, generator, split, volumes, device)
+        if (state := run.load_state()) is not None:
+            trainer.load_state_dict(state)
+        trainer.run(run)
+        model = trainer.best_model()
+        held_out = split.test if len(split.test) else split.validation
+        summary = {
+            "pairs": {
+                "train": len(split.train),
+                "validation": len(split.validation),
+                "test": len(split.test),
+                "dropped": split.dropped,
+            },
+            "best_epoch": trainer.best_epoch,
+            "validation_loss": trainer.best_loss,
+            "held_out": "test" if len(split.test) else "validation",
+            **held_out_figures(model, volumes, held_out, device),
+        }
+        model.save(
+            run.path,
+            {"generator": config.generator, "fingerprint": generator.fingerprint(), **summary},
+        )
+        write_summary(run.path / "summary.json", summary)
+        return summary
+
+
+class Volumes:
+    """The slabs of ranked seeds and of anchors, made once, read from disk as training needs them.
+
+    Anchors are the same generator at low truncation: known-good samples.
+    """
+
+    def __init__(self, config: RewardConfig, generator: TriplaneGenerator, folder: Path) -> None:
+        self.generator = generator
+        self.settings = SlabSettings(
+            resolution=config.resolution,
+            slab=config.slab,
+            truncation_psi=config.truncation_psi,
+            truncation_cutoff=config.truncation_cutoff,
+        )
+        self.anchor_settings = replace(self.settings, truncation_psi=config.anchor_psi)
+        self.anchor_seeds = range(
+            config.anchor_first_seed, config.anchor_first_seed + config.anchors
+        )
+        self._ranked = VolumeCache(folder, generator, self.settings)
+        self._anchors = VolumeCache(folder, generator, self.anchor_settings)
+
+    def prepare(self, table: PreferenceTable) -> None:
+        """Make every volume that is not there yet."""
+        ranked = table.seeds.tolist()
+        with progress(len(ranked) + len(self.anchor_seeds), "volumes") as bar:
+            for seeds, read, done in (
+                (ranked, self.ranked, 0),
+                (self.anchor_seeds, self.anchors, len(ranked)),
+            ):
+                for start in range(0, len(seeds), 16):
+                    part = seeds[start : start + 16]
+                    read(part)
+                    bar.update(done + start + len(part))
+
+    def ranked(self, seeds: Sequence[int]) -> Tensor:
+        """Raw density [B, X, Y, Z] of ranked seeds."""
+        return density_slab(self.generator, seeds, self.settings, cache=self._ranked)
+
+    def anchors(self, seeds: Sequence[int]) -> Tensor:
+        """Raw density [B, X, Y, Z] of anchor seeds."""
+        return density_slab(self.generator, seeds, self.anchor_settings, cache=self._anchors)
+
+
+class RewardTrainer:
+    """The loop and everything that a resumed run needs to go on to the same numbers.
+
+    Random choices are drawn from (seed, epoch), so there is no generator state to keep.
+    """
+
+    def __init__(
+        self,
+        config: RewardConfig,
+        generator: TriplaneGenerator,
+        split: Split,
+        volumes: Volumes,
+        device: str,
+    ) -> None:
+        self.config = config
+        self.split = split
+        self.volumes = volumes
+        self.box_side = generator.box_side
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.network = RewardNetwork(config.widths).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.steps_per_epoch = -(-len(split.train) // config.batch)
+        self.step = 0
+        self.best_epoch = -1
+        self.best_loss = float("inf")
+        self.best_weights = copy.deepcopy(self.network.state_dict())
+
+    def run(self, run: RunDirectory) -> None:
+        """Train until patience or epochs run out; checkpoints after every epoch."""
+        total = self.config.epochs * self.steps_per_epoch
+        with (
+            Metrics(run.path / "metrics.jsonl", self.step) as metrics,
+            InterruptGuard() as interrupt,
+            progress(total, "reward", start=self.step) as bar,
+        ):
+            while self.step < total and not self._out_of_patience():
+                figures = self._train_step()
+                self.step += 1
+                metrics.log(self.step, **figures)
+                bar.update(self.step, **figures)
+                if self.step % self.steps_per_epoch == 0:
+                    metrics.log(self.step, **self._validate())
+                    run.save_state(self.state_dict())
+                if interrupt.requested:
+                    run.save_state(self.state_dict())
+                    raise Interrupted(interrupt.requested, self.step)
+
+    def _out_of_patience(self) -> bool:
+        epoch, inside = divmod(self.step, self.steps_per_epoch)
+        return inside == 0 and epoch - 1 - self.best_epoch >= self.config.patience
+
+    def _train_step(self) -> dict[str, float]:
+        epoch, index = divmod(self.step, self.steps_per_epoch)
+        train, batch = self.split.train, self.config.batch
+        order = np.random.default_rng([self.config.seed, epoch]).permutation(len(train))
+        chosen = order[index * batch : (index + 1) * batch]
+        winners, losers = train.winners[chosen].tolist(), train.losers[chosen].tolist()
+        volumes = [self.volumes.ranked(winners), self.volumes.ranked(losers)]
+        if self.config.anchors:
+            draw = np.random.default_rng([self.config.seed, epoch, index])
+            volumes.append(
+                self.volumes.anchors(draw.choice(self.volumes.anchor_seeds, len(chosen)).tolist())
+            )
+        self.network.train()
+        rewards = self.network(normalize_slab(torch.cat(volumes)))
+        winner, loser, *anchor = rewards.chunk(len(volumes))
+        pair_loss = preference_loss(winner, loser)
+        loss = pair_loss + self.config.reward_size_weight * reward_size_loss(rewards)
+        for known_good in anchor:
+            both = preference_loss(known_good, winner) + preference_loss(known_good, loser)
+            loss = loss + self.config.anchor_weight * both / 2
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(
+                f"the reward's loss is {loss.item()} at step {self.step + 1}: lower the learning "
+                "rate; the last epoch's state is kept"
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        return {
+            "loss": loss.item(),
+            "pair_loss": pair_loss.item(),
+            "accuracy": (winner > loser).float().mean().item(),
+            "margin": (winner - loser).mean().item(),
+        }
+
+    def _validate(self) -> dict[str, float]:
+        margins = pair_margins(self.network, self.volumes, self.split.validation)
+        loss = torch.nn.functional.softplus(-margins).mean().item()
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self.best_epoch = self.step // self.steps_per_epoch - 1
+            self.best_weights = copy.deepcopy(self.network.state_dict())
+        accuracy = (margins > 0).float().mean().item()
+        return {"validation_loss": loss, "validation_accuracy": accuracy}
+
+    def best_model(self) -> RewardModel:
+        """The weights with the best validation loss, ready to score."""
+        network = RewardNetwork(self.config.widths)
+        network.load_state_dict(self.best_weights)
+        network.eval().requires_grad_(False).to(next(self.network.parameters()).device)
+        return RewardModel(network, self.config.widths, self.volumes.settings, self.box_side)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "best_epoch": self.best_epoch,
+            "best_loss": self.best_loss if self.best_epoch >= 0 else None,
+            "network": self.network.state_dict(),
+            "best_weights": self.best_weights,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.best_epoch = state["best_epoch"]
+        self.best_loss = float("inf") if state["best_loss"] is None else state["best_loss"]
+        self.network.load_state_dict(state["network"])
+        self.best_weights = state["best_weights"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+@torch.no_grad()
+def pair_margins(
+    network: RewardNetwork, volumes: Volumes, pairs: PreferenceTable, batch: int = 16
+) -> Tensor:
+    """Reward of the winner less the loser's, [len(pairs)] on the CPU."""
+    network.eval()
+    margins = []
+    for start in range(0, len(pairs), batch):
+        rows = slice(start, start + batch)
+        winner, loser = (
+            network(normalize_slab(volumes.ranked(seeds[rows].tolist())))
+            for seeds in (pairs.winners, pairs.losers)
+        )
+        margins.append((winner - loser).cpu())
+    return torch.cat(margins) if margins else torch.empty(0)
+
+
+def held_out_figures(
+    model: RewardModel, volumes: Volumes, pairs: PreferenceTable, device: str
+) -> dict[str, Any]:
+    """Accuracy with its 95 % Wilson interval, loss, and calibration on held-out pairs."""
+    if not len(pairs):
+        raise PreferenceError("no held-out pairs to report accuracy on: change the split")
+    margins = pair_margins(model.network, volumes, pairs).double()
+    correct = int((margins > 0).sum())
+    low, high = wilson_interval(correct, len(pairs))
+    probabilities = torch.sigmoid(margins).numpy()
+    return {
+        "accuracy": correct / len(pairs),
+        "accuracy_interval": [low, high],
+        "loss": torch.nn.functional.softplus(-margins).mean().item(),
+        "calibration": asdict(calibration(probabilities, np.ones(len(pairs)))),
+    }
