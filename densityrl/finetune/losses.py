@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from densityrl.config import FinetuneConfig
 from densityrl.generator import TriplaneGenerator
 from densityrl.reward import RewardModel
-from triplane_kernels import Grid, density_grid_loss
+from triplane_kernels import Grid, density_grid, density_grid_loss
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,12 @@ def sculpting_terms(
     in units of the colour range [-1, 1]; it takes the place of an image set.
     """
     grid = Grid.cube(config.consistency_resolution, tuned.box_side)
+    with torch.no_grad():
+        sigma_before = density_grid(frozen_planes, frozen.decoder, grid, frozen.layout)
+        color_before = frozen.render_raw(frozen_planes, cameras, config.appearance_resolution)
     consistency = density_grid_loss(
-        planes,
-        tuned.decoder,
-        grid,
-        tuned.layout,
-        (frozen_planes, frozen.decoder),
-        kind=config.consistency_kind,
+        planes, tuned.decoder, grid, tuned.layout, sigma_before, kind=config.consistency_kind
     )
     color = tuned.render_raw(planes, cameras, config.appearance_resolution)
-    color_before = frozen.render_raw(frozen_planes, cameras, config.appearance_resolution)
     appearance = (color - color_before).abs().mean(dim=(1, 2, 3))
     return Terms(reward.score_planes(tuned, planes), consistency, appearance)
