@@ -26,28 +26,15 @@ app = typer.Typer(
     add_completion=False,
 )
 
-GeneratorOption = Annotated[
-    str, typer.Option(help="A bundled generator (busts), an EG3D .pkl, or a directory.")
-]
-OutOption = Annotated[Path, typer.Option(help="Directory to write.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ...")]
-SlabOption = Annotated[str, typer.Option(help="face (the paper's crop) or full.")]
-LevelOption = Annotated[float, typer.Option(help="Raw density of the surface.")]
-
-
-def _default(config: type, name: str) -> Any:
-    """The default of a configuration's field: stated once, shown in --help."""
-    return next(field.default for field in fields(config) if field.name == name)
-
 
 def parse_seeds(text: str) -> list[int]:
     """'0-7,12' to [0, ..., 7, 12]; each once, in the order given."""
     seeds: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
+        first, dash, last = part.strip().partition("-")
         try:
-            low, high = int(first), int(last or first)
+            low = int(first)
+            high = int(last) if dash else low
         except ValueError:
             raise typer.BadParameter(
                 f"{part.strip()!r} is no seed; write for example 0-7,12"
@@ -60,16 +47,48 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-def _slab(value: str) -> Any:
+def _usable_device(name: str) -> str:
+    import torch
+
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no CUDA device; see `densityrl doctor`")
+    try:
+        torch.empty(0, device=name)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error).splitlines()[0]) from None
+    return name
+
+
+def _known_slab(value: str) -> str:
     if value not in ("face", "full"):
-        raise typer.BadParameter(f"--slab is face or full, not {value!r}")
+        raise typer.BadParameter(f"give face or full, not {value!r}")
     return value
+
+
+GeneratorOption = Annotated[
+    str, typer.Option(help="A bundled generator (busts), an EG3D .pkl, or a directory.")
+]
+SeedsOption = Annotated[
+    Any, typer.Option(help="Such as 0-7,12.", parser=parse_seeds, metavar="TEXT")
+]
+OutOption = Annotated[Path, typer.Option(help="Directory to write.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ...", callback=_usable_device)]
+SlabOption = Annotated[
+    Any, typer.Option(help="face (the paper's crop) or full.", parser=_known_slab, metavar="TEXT")
+]
+LevelOption = Annotated[float, typer.Option(help="Raw density of the surface.")]
+
+
+def _default(config: type, name: str) -> Any:
+    """The default of a configuration's field: stated once, shown in --help."""
+    return next(field.default for field in fields(config) if field.name == name)
 
 
 @app.command()
 def sample(
     generator: GeneratorOption,
-    seeds: Annotated[str, typer.Option(help="Such as 0-7,12.")],
+    seeds: SeedsOption,
     out: OutOption,
     resolution: Annotated[int, typer.Option(min=8, help="Points a side of the whole box.")] = 64,
     slab: SlabOption = "full",
@@ -78,14 +97,13 @@ def sample(
     device: DeviceOption = "cpu",
 ) -> None:
     """Seeds to density volumes (.npz), meshes (.ply), images and a contact sheet."""
-    chosen = parse_seeds(seeds)
     from densityrl.generator import load_generator
     from densityrl.sample import sample as run
     from densityrl.volume import SlabSettings
 
-    settings = SlabSettings(resolution=resolution, slab=_slab(slab), truncation_psi=truncation_psi)
-    without_surface = run(load_generator(generator, device), chosen, out, settings, level)
-    print(f"{len(chosen)} seeds in {out}; look at {out / 'sheet.png'}")
+    settings = SlabSettings(resolution=resolution, slab=slab, truncation_psi=truncation_psi)
+    without_surface = run(load_generator(generator, device), seeds, out, settings, level)
+    print(f"{len(seeds)} seeds in {out}; look at {out / 'sheet.png'}")
     if without_surface:
         listed = ", ".join(map(str, without_surface))
         print(f"no mesh for {listed}: the density never crosses --level {level:g}")
@@ -127,7 +145,7 @@ def reward_train(
         preferences=str(preferences),
         limit=limit,
         resolution=resolution,
-        slab=_slab(slab),
+        slab=slab,
         truncation_psi=truncation_psi,
         epochs=epochs,
         patience=patience,
@@ -215,14 +233,13 @@ def evaluate(
     base: GeneratorOption,
     tuned: GeneratorOption,
     reward: Annotated[Path, typer.Option(help="Directory that reward-train wrote.")],
-    seeds: Annotated[str, typer.Option(help="Such as 1000-1099.")],
+    seeds: SeedsOption,
     out: OutOption,
     level: LevelOption = 10.0,
     pictures: Annotated[int, typer.Option(min=1, help="Seeds shown on the page.")] = 8,
     device: DeviceOption = "cpu",
 ) -> None:
     """Base against tuned: share preferred, appearance, one page with pictures."""
-    chosen = parse_seeds(seeds)
     from densityrl.evaluation import evaluate as run
     from densityrl.generator import load_generator
     from densityrl.reward import RewardModel
@@ -231,7 +248,7 @@ def evaluate(
         load_generator(base, device),
         load_generator(tuned, device),
         RewardModel.load(reward, device),
-        chosen,
+        seeds,
         out,
         level=level,
         pictures=pictures,
@@ -239,7 +256,7 @@ def evaluate(
     )
     low, high = summary["tuned_preferred_interval"]
     print(
-        f"tuned preferred on {summary['tuned_preferred']:.1%} of {len(chosen)} seeds "
+        f"tuned preferred on {summary['tuned_preferred']:.1%} of {len(seeds)} seeds "
         f"(95 % interval {low:.1%} to {high:.1%}); look at {out / 'report.html'}"
     )
 

@@ -35,8 +35,9 @@ def extract_surface(
 
     if not sigma.min() < level < sigma.max():
         return None
+    # scikit-image winds by the left-hand rule, so "ascent" turns the faces of what is denser out.
     vertices, faces, _, _ = marching_cubes(
-        sigma, level, spacing=tuple(grid.spacing), gradient_direction="descent"
+        sigma, level, spacing=tuple(grid.spacing), gradient_direction="ascent"
     )
     return vertices + np.array(grid.lo, dtype=vertices.dtype), faces
 

@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from datetime import timedelta
 from pathlib import Path
@@ -257,7 +258,10 @@ class RunDirectory:
 
 
 def _lock(file: IO[str], path: Path) -> None:
-    """Lock an open file until it is closed or the process dies; RunError if it is locked."""
+    """Lock an open file until it is closed or the process dies; RunError if it is locked.
+
+    Warns where the file system has no locks.
+    """
     if sys.platform == "win32":
         return
     import fcntl
@@ -266,8 +270,11 @@ def _lock(file: IO[str], path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise RunError(f"another process is using {path}") from error
-    except OSError:
-        pass  # a file system without locks
+    except OSError as error:
+        warnings.warn(
+            f"{path} cannot be locked ({error.strerror}): let no other process write it",
+            stacklevel=2,
+        )
 
 
 def _check_same_run(

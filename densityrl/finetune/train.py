@@ -44,14 +44,12 @@ def finetune(
     weights), with metrics.jsonl and config.json. Training latents come from seeds of 2**31 and
     above, so any smaller seed is held out.
     """
+    trainer = Finetuner(
+        config, load_generator(config.generator, device), RewardModel.load(config.reward, device)
+    )
     with RunDirectory.create(
         out, "finetune", asdict(config), resume, may_change={"steps", "checkpoint_every"}
     ) as run:
-        trainer = Finetuner(
-            config,
-            load_generator(config.generator, device),
-            RewardModel.load(config.reward, device),
-        )
         if (state := run.load_state()) is not None:
             trainer.load_state_dict(state)
         trainer.run(run)
@@ -79,6 +77,7 @@ class Finetuner:
     def __init__(
         self, config: FinetuneConfig, generator: TriplaneGenerator, reward: RewardModel
     ) -> None:
+        reward.check(generator)
         self.config = config
         self.reward = reward
         self.frozen = generator

@@ -43,12 +43,16 @@ class RewardModel:
 
     def score_planes(self, generator: TriplaneGenerator, planes: Tensor) -> Tensor:
         """Reward [B] of planes the generator made; differentiable in planes and decoder."""
+        self.check(generator)
+        return self.score_slab(slab_of_planes(generator, planes, self.settings))
+
+    def check(self, generator: TriplaneGenerator) -> None:
+        """CheckpointError if the reward was not trained for generators like this one."""
         if generator.box_side != self.box_side:
             raise CheckpointError(
                 f"the reward was trained on a box of side {self.box_side}, the generator's is "
                 f"{generator.box_side}: train a reward with this generator"
             )
-        return self.score_slab(slab_of_planes(generator, planes, self.settings))
 
     def save(self, path: str | Path, provenance: dict[str, Any] | None = None) -> None:
         """Write reward.safetensors and reward.json into a directory, each whole or not at all.

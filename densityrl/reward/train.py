@@ -40,10 +40,10 @@ def train_reward(
     metrics.jsonl, config.json and the volumes. Held-out figures are of the test pairs, which took
     no part in training or in choosing when to stop.
     """
+    generator = load_generator(config.generator, device)
+    table = read_preferences(config.preferences, config.limit)
+    split = split_preferences(table, config.split, config.seed)
     with RunDirectory.create(out, "reward-train", asdict(config), resume) as run:
-        generator = load_generator(config.generator, device)
-        table = read_preferences(config.preferences, config.limit)
-        split = split_preferences(table, config.split, config.seed)
         volumes = Volumes(config, generator, run.path / "volumes")
         volumes.prepare(table)
         trainer = RewardTrainer(config, generator, split, volumes, device)
