@@ -3,6 +3,14 @@
 The usual path is what EG3D-like code does: `grid_sample` and the whole decoder at every voxel, a
 million points at a time. Times are recorded, never asserted; so is the largest difference from
 float64, relative to the largest magnitude, of the volume or (backward) of the planes' gradient.
+
+Two cores of an AMD EPYC, torch 2.13, float32, median of 3 rounds, usual / density_grid:
+
+    64^3    forward   322 /  48 ms   6.7x     with backward  1159 / 225 ms   5.2x
+    128^3   forward  2882 / 285 ms  10.1x     with backward  7002 / 706 ms   9.9x
+
+Every point needs 64 softplus; at the rate of torch's own vectorised exp on these cores
+(1.66e9 a second) 128^3 points would take 81 ms, of which forward reaches 28 %.
 """
 
 from collections.abc import Callable

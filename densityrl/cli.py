@@ -265,7 +265,7 @@ def evaluate(
 def demo(
     out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("runs/demo"),
     pairs: Annotated[int, typer.Option(min=20, help="Preferences to simulate.")] = 300,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of fine-tuning.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of fine-tuning.")] = 60,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a demo that was interrupted.")
     ] = False,

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from densityrl.config import FinetuneConfig, RewardConfig
-from densityrl.evaluation import evaluate
+from densityrl.evaluation import evaluate, seed_pictures
 from densityrl.export import SURFACE_LEVEL
 from densityrl.finetune.train import finetune
-from densityrl.generator import load_generator
+from densityrl.generator import TriplaneGenerator, load_generator
+from densityrl.picture import resized, sheet, write_png
 from densityrl.preference import write_preferences
 from densityrl.preference.oracle import front_mass, simulate_preferences
 from densityrl.reward import RewardModel
 from densityrl.reward.train import train_reward
-from densityrl.sample import sample
+from densityrl.sample import TILE, sample
 from densityrl.statistics import wilson_interval
 from densityrl.volume import SlabSettings, density_slab
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 GENERATOR = "busts"
 RESOLUTION = 48  # points a side of the box that the reward reads
 HELD_OUT = range(1000, 1100)
+SHOWN = (1, 2, 4)
 
 
 def demo(out: str | Path, *, pairs: int, steps: int, resume: bool = False) -> Iterator[str]:
@@ -75,6 +81,7 @@ def demo(out: str | Path, *, pairs: int, steps: int, resume: bool = False) -> It
         about={"base": GENERATOR, "tuned": str(out / "tuned"), "reward": str(out / "reward")},
     )
     sample(tuned, range(6), out / "sculpted", SlabSettings(slab="full"), SURFACE_LEVEL)
+    write_png(out / "before_after.png", before_after(base, tuned, SHOWN))
     before, after = (front_mass(density_slab(g, HELD_OUT, settings)) for g in (base, tuned))
     right_way = int(torch.count_nonzero(after > before))
     low, high = wilson_interval(right_way, len(HELD_OUT))
@@ -85,4 +92,17 @@ def demo(out: str | Path, *, pairs: int, steps: int, resume: bool = False) -> It
     )
     yield f"    by the reward {summary['tuned_preferred']:.1%} are better"
     yield f"    front view kept to {summary['appearance_psnr_db']:.1f} dB PSNR"
-    yield f"    {out / 'evaluation' / 'report.html'}"
+    yield f"    {out / 'before_after.png'}, {out / 'evaluation' / 'report.html'}"
+
+
+def before_after(
+    base: TriplaneGenerator, tuned: TriplaneGenerator, seeds: Sequence[int]
+) -> Image.Image:
+    """A row of pictures a generator, three of each seed."""
+    pictures = [seed_pictures(base, tuned, seed, SURFACE_LEVEL) for seed in seeds]
+    views = ("render", "three-quarter", "side")
+    rows = [
+        [resized(of_seed[f"{which} {view}"], TILE) for of_seed in pictures for view in views]
+        for which in ("base", "tuned")
+    ]
+    return sheet(rows, ("before", "after"))

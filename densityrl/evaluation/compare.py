@@ -91,7 +91,7 @@ def evaluate(
     order = np.argsort(gains, kind="stable")
     ranks = np.unique(np.linspace(0, len(results) - 1, min(pictures, len(results))).round())
     shown = [results[order[int(rank)]] for rank in ranks]
-    tiles = [_pictures(base, tuned, result.seed, level) for result in shown]
+    tiles = [seed_pictures(base, tuned, result.seed, level) for result in shown]
     write_report(out / "report.html", summary, shown, tiles, gains)
     return summary
 
@@ -122,10 +122,15 @@ def _compare_seed(
     )
 
 
-def _pictures(
+@torch.no_grad()
+def seed_pictures(
     base: TriplaneGenerator, tuned: TriplaneGenerator, seed: int, level: float
 ) -> dict[str, np.ndarray]:
-    """Pictures of one seed by name, in the order in which the report shows them."""
+    """Pictures [H, W, 3] uint8 of one seed in both generators, in the report's order.
+
+    "base render", "tuned render"; "base front", ... and "three-quarter", "side": the surface at
+    raw density `level`; "density change, middle slice": red where it rose, blue where it fell.
+    """
     settings = SlabSettings(resolution=96, slab="full")
     grid = settings.grid(base.box_side)
     renders, views, slices = {}, {}, {}
@@ -137,7 +142,7 @@ def _pictures(
         for view, yaw in (("front", 0.0), ("three-quarter", THREE_QUARTER), ("side", SIDE)):
             views[f"{name} {view}"] = shade_volume(sigma, grid, level, yaw, size=TILE)
         slices[name] = sigma[len(sigma) // 2]  # [y, z]: the plane that cuts the face in two
-    change = (slices["tuned"] - slices["base"]).flip(0)  # rows from top to bottom, front right
+    change = (slices["tuned"] - slices["base"]).flip(0, 1)  # y up, front left as in the side view
     return {
         **dict(sorted(renders.items())),
         **{
