@@ -94,6 +94,7 @@ def save_generator(
 
 
 def _read_directory(path: Path) -> TriplaneGenerator:
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
@@ -119,11 +120,11 @@ def _read_directory(path: Path) -> TriplaneGenerator:
         )
     try:
         config = GeneratorConfig.from_json(description["config"])
-        generator = TriplaneGenerator(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / DESCRIPTION} has an unusable config: {error}") from None
-    _fill(generator, load(data), str(path))
-    return generator
+        return _assemble(config, load(data), str(path))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path / WEIGHTS} is not a safetensors file: {error}") from None
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path / DESCRIPTION} has an unusable config: {error!r}") from None
 
 
 def generator_from_record(record: NetworkRecord, name: str) -> TriplaneGenerator:
@@ -134,14 +135,11 @@ def generator_from_record(record: NetworkRecord, name: str) -> TriplaneGenerator
             "that architecture is not supported"
         )
     try:
-        config = config_from_record(record)
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        return _assemble(config_from_record(record), record.tensors, name)
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as e:
         raise CheckpointError(
-            f"{name} is not the EG3D generator it claims to be: {error!r} while reading its options"
+            f"{name} is not the EG3D generator it claims to be: {e!r} while reading its options"
         ) from None
-    generator = TriplaneGenerator(config)
-    _fill(generator, record.tensors, name)
-    return generator
 
 
 def config_from_record(record: NetworkRecord) -> GeneratorConfig:
@@ -210,8 +208,13 @@ def _plane_axes(record: NetworkRecord) -> tuple[tuple[int, int], ...]:
     return tuple((int(a), int(b)) for a, b in columns.argmax(axis=1))
 
 
-def _fill(generator: TriplaneGenerator, tensors: dict[str, Tensor], name: str) -> None:
-    """Copy tensors into the generator; every name and shape must match."""
+def _assemble(config: GeneratorConfig, tensors: dict[str, Tensor], name: str) -> TriplaneGenerator:
+    """The generator that config describes, holding these tensors; every name and shape must match.
+
+    Memory is taken for the tensors only, whatever sizes the configuration claims.
+    """
+    with torch.device("meta"):
+        generator = TriplaneGenerator(config)
     own = generator.state_dict()
     given = {
         _renamed(key, _THEIRS, _OURS): tensor
@@ -231,9 +234,12 @@ def _fill(generator: TriplaneGenerator, tensors: dict[str, Tensor], name: str) -
                 f"{name}: {_renamed(key, _OURS, _THEIRS)} has shape {list(tensor.shape)}, "
                 f"expected {list(own[key].shape)}"
             )
-    with torch.no_grad():
-        for key, tensor in given.items():
-            own[key].copy_(tensor)
+    copies = {
+        key: torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
+        for key, tensor in given.items()
+    }
+    generator.load_state_dict(copies, assign=True)
+    return generator
 
 
 def _renamed(key: str, old: str, new: str) -> str:

@@ -5,8 +5,8 @@ machine that builds plain values, tensors and inert records, and has no instruct
 or calls: a name in the file stays a name. `pickletools.genops` splits the file into instructions.
 
 Bounds on a hostile file: strings and storages cannot exceed the file they come from (it is mapped,
-never read ahead), tensors are views of their storages, and the number of instructions, the depth
-of modules and the size of option values are limited.
+never read ahead), tensors are views of their storages, and the number of instructions, of items
+that calls copy, the depth of modules and the size of option values are limited.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import mmap
 import pickletools
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch import Tensor
 from densityrl.errors import CheckpointError
 
 MAX_INSTRUCTIONS = 1_000_000  # a snapshot of three networks has about 40,000
+MAX_COPIES = 1_000_000  # items that calls copy from one container to another
 MAX_MODULE_DEPTH = 64
 MAX_MODULES = 20_000
 MAX_OPTION_DEPTH = 16
@@ -108,7 +109,7 @@ def read_network_pickle(path: str | Path, which: str = "G_ema") -> NetworkRecord
     """
     content = read_pickle(path)
     if not isinstance(content, dict) or which not in content:
-        keys = sorted(map(str, content)) if isinstance(content, dict) else []
+        keys = sorted(k for k in content if isinstance(k, str)) if isinstance(content, dict) else []
         there = f"it has {', '.join(keys[:8])}" if keys else "it is no dictionary of networks"
         raise _refusal(path, f"has no {which}: {there}")
     network = content[which]
@@ -189,9 +190,10 @@ class _Machine:
         self.inner = inner
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        # By identity of the bytes they come from, which are kept alive beside them: a file that
-        # names one storage a thousand times pays for it once.
-        self.storages: dict[int, tuple[bytes, _Storage]] = {}
+        self.copies_left = MAX_COPIES
+        # What calls made of a text or of bytes, by the identity of that, which is kept alive
+        # beside it: a file that names one storage a thousand times pays for it once.
+        self.made: dict[int, tuple[str | bytes, Any]] = {}
 
     def run(self, data: Any) -> Any:
         """The value; `data` reads like a file. Raises CheckpointError."""
@@ -315,7 +317,7 @@ class _Machine:
                 stack.append(_new_object(cls))
             case "BUILD":
                 state = self._pop()
-                stack.append(_build(self._pop(), state))
+                stack.append(self._build(self._pop(), state))
             case "BINPERSID" if self.inner:
                 stack.append(_persistent_storage(self._pop()))
             case _:
@@ -341,17 +343,20 @@ class _Machine:
             case "torch._utils._rebuild_parameter", (Tensor() as tensor, *_):
                 return tensor
             case "torch.storage._load_from_bytes", (bytes() as data,) if not self.inner:
-                return self._storage(data)
+                return self._once(data, lambda: _legacy_storage(data, self.name))
             case "torch_utils.persistence._reconstruct_persistent_obj", (dict() as meta,):
                 return _persistent_object(meta)
             case name, () if name in _DICTS:
                 return {}
             case name, (list() as pairs,) if name in _DICTS:
-                if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+                if not all(
+                    isinstance(pair, (tuple, list)) and len(pair) == 2
+                    for pair in self._copied(pairs)
+                ):
                     raise _Fault(f"fills a {name} with something else than pairs")
                 return self._update({}, [item for pair in pairs for item in pair])
             case name, (list() as items,) if name in _SETS:
-                return _SETS[name](map(_key, items))
+                return _SETS[name](map(_key, self._copied(items)))
             case "numpy.dtype", (str() as code, *_):
                 if code.lstrip("<>|=") not in _NUMPY_CODES:
                     raise _Fault(f"has a numpy value of type {code[:20]!r}, which is no number")
@@ -359,7 +364,7 @@ class _Machine:
             case "numpy.scalar", (_NumpyDtype() as dtype, bytes() as data):
                 return _numpy_scalar(dtype, data)
             case "_codecs.encode", (str() as text, "latin1"):
-                return text.encode("latin1")
+                return self._once(text, lambda: text.encode("latin1"))
             case "copyreg._reconstructor", (_Global() as cls, *_):
                 return _new_object(cls)
             case name, _ if name in _INERT_CALLS:
@@ -376,10 +381,34 @@ class _Machine:
             "is refused"
         )
 
-    def _storage(self, data: bytes) -> _Storage:
-        if id(data) not in self.storages:
-            self.storages[id(data)] = (data, _legacy_storage(data, self.name))
-        return self.storages[id(data)][1]
+    def _build(self, target: Any, state: Any) -> Any:
+        """Give an object its state; nothing of it is interpreted."""
+        if isinstance(target, _NumpyDtype):
+            order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+            if order not in ("<", ">", "|", "="):
+                raise _Fault("gives a numpy type an unknown byte order")
+            return _NumpyDtype(target.code, ">" if order == ">" else "<")
+        if isinstance(state, tuple) and len(state) == 2 and state[1] is None:
+            state = state[0]
+        if not isinstance(state, dict):
+            raise _Fault(f"gives an object a {_kind(state)} as its state")
+        if isinstance(target, PickledObject):
+            target.state.update(self._copied(state))
+        elif not isinstance(target, dict):  # a dictionary's own attributes carry nothing we need
+            raise _Fault(f"gives a state to a {_kind(target)}")
+        return target
+
+    def _once(self, source: str | bytes, make: Callable[[], Any]) -> Any:
+        if id(source) not in self.made:
+            self.made[id(source)] = (source, make())
+        return self.made[id(source)][1]
+
+    def _copied(self, items: Any) -> Any:
+        """The container, its size charged to what calls may copy."""
+        self.copies_left -= len(items)
+        if self.copies_left < 0:
+            raise _Fault(f"copies more than {MAX_COPIES:,} items between containers")
+        return items
 
 
 def _key(value: Any) -> Any:
@@ -400,24 +429,6 @@ def _new_object(cls: Any) -> Any:
     if not isinstance(cls, _Global):
         raise _Fault(f"makes an object of a {_kind(cls)}")
     return {} if cls.name in _DICTS else PickledObject(cls.name, {})
-
-
-def _build(target: Any, state: Any) -> Any:
-    """Give an object its state; nothing of it is interpreted."""
-    if isinstance(target, _NumpyDtype):
-        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
-        if order not in ("<", ">", "|", "="):
-            raise _Fault("gives a numpy type an unknown byte order")
-        return _NumpyDtype(target.code, ">" if order == ">" else "<")
-    if isinstance(state, tuple) and len(state) == 2 and state[1] is None:
-        state = state[0]
-    if not isinstance(state, dict):
-        raise _Fault(f"gives an object a {_kind(state)} as its state")
-    if isinstance(target, PickledObject):
-        target.state.update(state)
-    elif not isinstance(target, dict):  # a dictionary's own attributes carry nothing we need
-        raise _Fault(f"gives a state to a {_kind(target)}")
-    return target
 
 
 def _persistent_object(meta: dict[Any, Any]) -> PickledObject:

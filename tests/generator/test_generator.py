@@ -1,6 +1,7 @@
 """The generator beyond the parity pack: its layers against formulas, and every other option."""
 
 import dataclasses
+import hashlib
 import json
 import math
 
@@ -282,6 +283,20 @@ def test_what_an_unsupported_record_says():
         generator_from_record(dataclasses.replace(record, tensors=tensors), "f.pkl")
 
 
+def test_sizes_that_a_record_only_claims_take_no_memory():
+    """A latent of 2**40 numbers, in a file that holds none of them."""
+    record = record_of(changed())
+    attributes = {**record.attributes, "z_dim": 2**40}
+    with pytest.raises(CheckpointError, match=r"fc0\.weight has shape \[16, 8\], expected"):
+        generator_from_record(dataclasses.replace(record, attributes=attributes), "f.pkl")
+    tensors = {
+        **record.tensors,
+        "backbone.synthesis.b16.conv1.weight": torch.empty(2**50, 0, 3, 3),
+    }
+    with pytest.raises(CheckpointError, match=r"f\.pkl(:| is not the EG3D generator it claims)"):
+        generator_from_record(dataclasses.replace(record, tensors=tensors), "f.pkl")
+
+
 # --- our own directory ---------------------------------------------------------------------------
 
 
@@ -335,6 +350,17 @@ def break_config(folder):
     edit(folder, config={"z_dim": 3})
 
 
+def inflate_config(folder):
+    config = json.loads((folder / "generator.json").read_text())["config"]
+    edit(folder, config={**config, "w_dim": 2**20})
+
+
+def replace_weights(folder):
+    (folder / "generator.safetensors").write_bytes(b"nothing")
+    digest = hashlib.sha256(b"nothing").hexdigest()
+    edit(folder, weights={"file": "generator.safetensors", "sha256": digest})
+
+
 def edit(folder, **values):
     path = folder / "generator.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -349,6 +375,8 @@ def edit(folder, **values):
         (break_weights, "do not belong together"),
         (remove_weights, r"generator\.safetensors is missing"),
         (break_config, "has an unusable config"),
+        (inflate_config, "has shape"),
+        (replace_weights, "is not a safetensors file"),
     ],
 )
 def test_a_damaged_directory_is_refused(tmp_path, harm, message):

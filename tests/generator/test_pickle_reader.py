@@ -221,6 +221,13 @@ def test_another_pickle(path):
     assert "has a str as G_ema" in refused(path, pickle.dumps({"G_ema": "x"}))
 
 
+def test_keys_that_are_no_names(path):
+    """A number of ten thousand digits has no text in Python."""
+    huge = b"\x8b" + struct.pack("<i", 9000) + b"\x7f" * 9000
+    message = refused(path, PROTO + b"}(" + huge + b"N" + text("D") + b"Nu.")
+    assert "has no G_ema: it has D" in message
+
+
 def test_another_network_is_no_generator(path):
     path.write_bytes(good_file())
     with pytest.raises(CheckpointError, match=r"holds a Net, not EG3D's TriPlaneGenerator"):
@@ -388,7 +395,16 @@ BOMBS = {
 }
 
 
-BUILT_BOMBS = ("modules", "options", "laughs", "one storage, many tensors")
+BUILT_BOMBS = (
+    "modules",
+    "options",
+    "laughs",
+    "one storage, many tensors",
+    "one text, many encodings",
+    "one list, many sets",
+    "one list, many dictionaries",
+    "one state, many objects",
+)
 
 
 def bomb(kind):
@@ -418,7 +434,23 @@ def bomb(kind):
             b"}",
         )
         return PROTO + first + b"](" + one * 2000 + b"e."
+    if kind == "one text, many encodings":  # 1 MB, 50,000 times
+        first = b"X" + struct.pack("<I", 10**6) + b"a" * 10**6 + b"q\x010"
+        return PROTO + first + repeated(call("_codecs", "encode", b"h\x01", text("latin1")), 50_000)
+    if kind == "one list, many sets":
+        numbers = b"](" + b"".join(number(n) for n in range(30_000)) + b"eq\x010"
+        return PROTO + numbers + repeated(call("builtins", "set", b"h\x01"), 20_000)
+    if kind == "one list, many dictionaries":
+        pairs = b"](" + b"".join(number(n) + b"N\x86" for n in range(30_000)) + b"eq\x010"
+        return PROTO + pairs + repeated(call("collections", "OrderedDict", b"h\x01"), 20_000)
+    if kind == "one state, many objects":
+        state = b"}(" + b"".join(text(f"n{n}") + b"N" for n in range(30_000)) + b"uq\x010"
+        return PROTO + state + repeated(name("a", "B") + b")\x81h\x01b", 20_000)
     return BOMBS[kind]
+
+
+def repeated(instructions, times):
+    return b"](" + instructions * times + b"e."
 
 
 @pytest.mark.parametrize("kind", [*BOMBS, *BUILT_BOMBS])
