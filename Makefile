@@ -11,6 +11,7 @@ demo: install
 
 test: lint
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest bench -k 64 --benchmark-disable  # that they run, not how fast
 
 lint: install
 	$(BIN)/ruff check .

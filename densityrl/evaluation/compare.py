@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densityrl.evaluation.report import write_report
+from densityrl.evaluation.report import SeedComparison, write_report
 from densityrl.generator import TriplaneGenerator, latents
 from densityrl.picture import image_of_tensor, shade_volume
 from densityrl.reward import RewardModel
@@ -21,21 +20,6 @@ from densityrl.sample import SIDE, THREE_QUARTER, TILE
 from densityrl.statistics import wilson_interval
 from densityrl.volume import SlabSettings, slab_of_planes
 from triplane_kernels import Grid, density_grid_loss
-
-
-@dataclass(frozen=True)
-class SeedComparison:
-    """One latent in both generators."""
-
-    seed: int
-    base_reward: float
-    tuned_reward: float
-    drift: float  # mean |difference of raw density| over 64^3 points of the whole box
-    psnr: float  # dB, of the final image from the front, tuned against base
-
-    @property
-    def gain(self) -> float:
-        return self.tuned_reward - self.base_reward
 
 
 def psnr(image: Tensor, reference: Tensor) -> float:

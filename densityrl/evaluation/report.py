@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from densityrl.picture import png_bytes
 from densityrl.run import atomic_write
 
-if TYPE_CHECKING:
-    from densityrl.evaluation.compare import SeedComparison
-
 HISTOGRAM_BINS = 24
+
+
+@dataclass(frozen=True)
+class SeedComparison:
+    """One latent in both generators."""
+
+    seed: int
+    base_reward: float
+    tuned_reward: float
+    drift: float  # mean |difference of raw density| over 64^3 points of the whole box
+    psnr: float  # dB, of the final image from the front, tuned against base
+
+    @property
+    def gain(self) -> float:
+        return self.tuned_reward - self.base_reward
 
 
 def write_report(

@@ -1,0 +1,96 @@
+"""The same numbers on a GPU as on the CPU, and the loop from end to end there."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_tiny, tiny_generator
+
+from densityrl.config import FinetuneConfig, RewardConfig
+from densityrl.finetune.train import finetune
+from densityrl.generator import latents, load_generator
+from densityrl.preference import PreferenceTable, write_preferences
+from densityrl.reward.train import train_reward
+from densityrl.volume import SlabSettings, VolumeCache, density_slab
+from triplane_kernels import Grid, density, density_grid, radiance
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32():
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+def assert_near(ours, reference, limit):
+    error = (ours.cpu().double() - reference.double()).norm() / reference.double().norm()
+    assert error <= limit, f"relative error {error:.1e}"
+
+
+def test_density_and_its_gradient():
+    generator = tiny_generator()
+    grid = Grid.cube(12, 1.0)
+    torch.manual_seed(0)
+    points = torch.rand(2, 50, 3) - 0.5
+    planes = generator.planes(generator.mapping(torch.randn(2, 8)))
+    results = []
+    for device in ("cpu", "cuda"):
+        p = planes.to(device).requires_grad_()
+        decoder = generator.to(device).decoder
+        sigma = density_grid(p, decoder, grid, generator.layout)
+        at_points = density(p, decoder, points.to(device), generator.layout)
+        colours = radiance(p, decoder, points.to(device), generator.layout)[1]
+        (gradient,) = torch.autograd.grad(sigma.sum() + at_points.sum() + colours.sum(), p)
+        results.append((sigma.detach(), at_points.detach(), colours.detach(), gradient))
+    for ours, reference in zip(results[1], results[0], strict=True):
+        assert_near(ours, reference, 1e-5)
+
+
+def test_images():
+    on_cpu, on_gpu = load_generator("busts"), load_generator("busts", "cuda")
+    z = latents([3], on_cpu.z_dim)
+    with torch.no_grad():
+        expected = on_cpu.render(on_cpu.mapping(z), on_cpu.frontal_camera(0.3))
+        images = on_gpu.render(on_gpu.mapping(z.cuda()), on_gpu.frontal_camera(0.3))
+    for name, image in images.items():
+        assert_near(image, expected[name], 1e-3)
+
+
+def test_bfloat16_planes():
+    generator = load_generator("busts", "cuda")
+    ws = generator.mapping(latents([3], generator.z_dim).cuda())
+    exact = generator.planes(ws)
+    rounded = generator.convolutions_to(torch.bfloat16).planes(ws)
+    assert rounded.dtype == torch.float32
+    assert_near(rounded, exact.cpu(), 0.03)
+
+
+def test_the_loop(tmp_path):
+    """Volumes, reward, fine-tuning and resuming; the cache holds what a CPU would have made."""
+    seeds = np.arange(40).reshape(2, 20)
+    write_preferences(tmp_path / "pairs.csv", PreferenceTable(seeds[0], seeds[1]))
+    generator = save_tiny(tmp_path / "generator")
+    config = RewardConfig(
+        generator=generator,
+        preferences=str(tmp_path / "pairs.csv"),
+        resolution=16,
+        widths=(8, 8),
+        epochs=1,
+    )
+    summary = train_reward(config, tmp_path / "reward", device="cuda")
+    assert 0 <= summary["accuracy"] <= 1
+    settings = SlabSettings(resolution=16)
+    cache = VolumeCache(tmp_path / "reward" / "volumes", tiny_generator(), settings)
+    assert_near(
+        torch.from_numpy(cache.get(0)), density_slab(tiny_generator(), [0], settings)[0], 1e-4
+    )
+
+    tuning = FinetuneConfig(
+        generator=generator, reward=str(tmp_path / "reward"), steps=2, held_out_seeds=(0, 1)
+    )
+    finetune(tuning, tmp_path / "tuned", device="cuda")
+    finetune(replace(tuning, steps=3), tmp_path / "tuned", resume=True, device="cuda")
+    tuned = load_generator(tmp_path / "tuned")
+    assert tuned.fingerprint() != load_generator(generator).fingerprint()
