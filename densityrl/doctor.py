@@ -11,14 +11,17 @@ from densityrl import __version__
 from densityrl.generator import bundled_generators
 from triplane_kernels import available_backends
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "scikit-image", "trimesh")
+PACKAGES = ("triton", "numpy", "safetensors", "scikit-image", "trimesh")
 OPTIONAL = {"tensorboard": "curves in TensorBoard: pip install 'densityrl[tensorboard]'"}
 
 
 def report() -> str:
     """Several lines of plain text."""
     lines = [f"densityrl {__version__}, Python {platform.python_version()}, {platform.platform()}"]
-    lines.append("packages: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    versions = {"torch": torch.__version__} | {name: _version(name) for name in PACKAGES}
+    lines.append(
+        "packages: " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
     for name, use in OPTIONAL.items():
         lines.append(f"optional: {name} {_version(name)} ({use})")
     devices = ["cpu"]
