@@ -81,7 +81,7 @@ def demo(out: str | Path, *, pairs: int, steps: int, resume: bool = False) -> It
         about={"base": GENERATOR, "tuned": str(out / "tuned"), "reward": str(out / "reward")},
     )
     sample(tuned, range(6), out / "sculpted", SlabSettings(slab="full"), SURFACE_LEVEL)
-    write_png(out / "before_after.png", before_after(base, tuned, SHOWN))
+    write_png(out / "before_after.png", before_after(base, tuned, SHOWN, settings))
     before, after = (front_mass(density_slab(g, HELD_OUT, settings)) for g in (base, tuned))
     right_way = int(torch.count_nonzero(after > before))
     low, high = wilson_interval(right_way, len(HELD_OUT))
@@ -96,10 +96,13 @@ def demo(out: str | Path, *, pairs: int, steps: int, resume: bool = False) -> It
 
 
 def before_after(
-    base: TriplaneGenerator, tuned: TriplaneGenerator, seeds: Sequence[int]
+    base: TriplaneGenerator,
+    tuned: TriplaneGenerator,
+    seeds: Sequence[int],
+    sampling: SlabSettings,
 ) -> Image.Image:
     """A row of pictures a generator, three of each seed."""
-    pictures = [seed_pictures(base, tuned, seed, SURFACE_LEVEL) for seed in seeds]
+    pictures = [seed_pictures(base, tuned, seed, sampling, SURFACE_LEVEL) for seed in seeds]
     views = ("render", "three-quarter", "side")
     rows = [
         [resized(of_seed[f"{which} {view}"], TILE) for of_seed in pictures for view in views]

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from densityrl.export import extract_surface, write_mesh, write_volume
-from densityrl.generator import TriplaneGenerator, latents
+from densityrl.generator import TriplaneGenerator
 from densityrl.picture import image_of_tensor, resized, shade_volume, sheet, write_png
 from densityrl.run import progress
-from densityrl.volume import SlabSettings, slab_of_planes
+from densityrl.volume import SlabSettings, slab_of_planes, ws_of_seeds
 
 TILE = 192  # pixels a side of the contact sheet's pictures
 THREE_QUARTER = 0.7  # radians of yaw
@@ -39,11 +39,7 @@ def sample(
     with progress(len(seeds), "sample") as bar:
         for done, seed in enumerate(seeds, 1):
             name = f"seed{seed:06d}"
-            ws = generator.mapping(
-                latents([seed], generator.z_dim).to(generator.device),
-                truncation_psi=settings.truncation_psi,
-                truncation_cutoff=settings.truncation_cutoff,
-            )
+            ws = ws_of_seeds(generator, [seed], settings)
             planes = generator.planes(ws)
             sigma = slab_of_planes(generator, planes, settings)[0].cpu()
             write_volume(out / "volumes" / f"{name}.npz", sigma.numpy(), grid)

@@ -62,17 +62,22 @@ def slab_of_planes(generator: TriplaneGenerator, planes: Tensor, settings: SlabS
     return density_grid(planes, generator.decoder, grid, generator.layout)
 
 
-def planes_of_seeds(
+def ws_of_seeds(
     generator: TriplaneGenerator, seeds: Sequence[int], settings: SlabSettings
 ) -> Tensor:
-    """Planes [B, 3, C, H, W] of seeds: frontal conditioning camera, constant noise."""
-    z = latents(seeds, generator.z_dim).to(generator.device)
-    ws = generator.mapping(
-        z,
+    """ws [B, L, w_dim] of seeds, truncated as the settings say; frontal conditioning camera."""
+    return generator.mapping(
+        latents(seeds, generator.z_dim).to(generator.device),
         truncation_psi=settings.truncation_psi,
         truncation_cutoff=settings.truncation_cutoff,
     )
-    return generator.planes(ws, noise_mode="const")
+
+
+def planes_of_seeds(
+    generator: TriplaneGenerator, seeds: Sequence[int], settings: SlabSettings
+) -> Tensor:
+    """Planes [B, 3, C, H, W] of seeds, with constant noise; see `ws_of_seeds`."""
+    return generator.planes(ws_of_seeds(generator, seeds, settings), noise_mode="const")
 
 
 @torch.no_grad()

@@ -12,13 +12,12 @@ import torch
 import trimesh
 import typer
 from PIL import Image
-from tiny import CONFIG, save_tiny, tiny_generator
+from tiny import CONFIG, save_pairs, save_tiny, tiny_generator
 from typer.testing import CliRunner
 
 from densityrl import __version__
 from densityrl.cli import app, main, parse_seeds
 from densityrl.generator import TriplaneGenerator, save_generator
-from densityrl.preference import PreferenceTable, write_preferences
 from densityrl.volume import SlabSettings, density_slab
 
 COMMANDS = ("sample", "reward-train", "finetune", "evaluate", "demo", "doctor")
@@ -45,8 +44,7 @@ def world(tmp_path_factory):
     """A generator, preferences, and one run of each command after the other."""
     root = tmp_path_factory.mktemp("cli")
     generator = save_tiny(root / "generator")
-    seeds = np.arange(40).reshape(2, 20)
-    write_preferences(root / "pairs.csv", PreferenceTable(seeds[0], seeds[1]))
+    save_pairs(root / "pairs.csv")
     said = {}
     said["reward-train"] = run(
         *("reward-train", "--generator", generator, "--preferences", root / "pairs.csv"),

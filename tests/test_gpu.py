@@ -2,15 +2,13 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from tiny import save_tiny, tiny_generator
+from tiny import save_pairs, save_tiny, tiny_generator
 
 from densityrl.config import FinetuneConfig, RewardConfig
 from densityrl.finetune.train import finetune
 from densityrl.generator import latents, load_generator
-from densityrl.preference import PreferenceTable, write_preferences
 from densityrl.reward.train import train_reward
 from densityrl.volume import SlabSettings, VolumeCache, density_slab
 from triplane_kernels import Grid, density, density_grid, radiance
@@ -69,8 +67,7 @@ def test_bfloat16_planes():
 
 def test_the_loop(tmp_path):
     """Volumes, reward, fine-tuning and resuming; the cache holds what a CPU would have made."""
-    seeds = np.arange(40).reshape(2, 20)
-    write_preferences(tmp_path / "pairs.csv", PreferenceTable(seeds[0], seeds[1]))
+    save_pairs(tmp_path / "pairs.csv")
     generator = save_tiny(tmp_path / "generator")
     config = RewardConfig(
         generator=generator,

@@ -8,12 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from safetensors import safe_open
-from tiny import save_tiny
-
-from densityrl.preference import PreferenceTable, write_preferences
+from tiny import save_pairs, save_tiny
 
 COMMANDS = {
     "reward-train": ["--resolution", "16", "--epochs", "4", "--batch", "2"],
@@ -39,8 +36,7 @@ def world(tmp_path_factory):
     """Inputs, and one unbroken run of each command."""
     root = tmp_path_factory.mktemp("resume")
     generator = save_tiny(root / "generator")
-    seeds = np.arange(40).reshape(2, 20)
-    write_preferences(root / "preferences.csv", PreferenceTable(seeds[0], seeds[1]))
+    save_pairs(root / "preferences.csv")
     inputs = {
         "reward-train": ["--generator", generator, "--preferences", str(root / "preferences.csv")],
         "finetune": ["--generator", generator, "--reward", str(root / "reward-train")],

@@ -1,8 +1,12 @@
-"""A generator with random weights, small enough to train in seconds."""
+"""A generator and a reward with random weights, small enough to train in seconds, and pairs."""
 
+import numpy as np
 import torch
 
 from densityrl.generator import GeneratorConfig, TriplaneGenerator, save_generator
+from densityrl.preference import PreferenceTable, write_preferences
+from densityrl.reward import RewardModel, RewardNetwork
+from densityrl.volume import SlabSettings
 
 CONFIG = GeneratorConfig(
     z_dim=8,
@@ -39,4 +43,20 @@ def tiny_generator(seed=0):
 
 def save_tiny(path, seed=0):
     save_generator(tiny_generator(seed), path)
+    return str(path)
+
+
+def tiny_reward(settings=None, **values):
+    """An untrained reward for tiny_generator's box."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = RewardNetwork((8, 8)).eval().requires_grad_(False)
+    settings = settings or SlabSettings(resolution=16)
+    return RewardModel(network, (8, 8), settings, **{"box_side": 1.0, **values})
+
+
+def save_pairs(path):
+    """20 pairs of 40 seeds, of which the smaller is always preferred: nothing to be learned."""
+    seeds = np.arange(40).reshape(2, 20)
+    write_preferences(path, PreferenceTable(seeds[0], seeds[1]))
     return str(path)

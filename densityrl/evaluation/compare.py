@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densityrl.evaluation.report import SeedComparison, write_report
-from densityrl.generator import TriplaneGenerator, latents
+from densityrl.generator import TriplaneGenerator
 from densityrl.picture import image_of_tensor, shade_volume
 from densityrl.reward import RewardModel
 from densityrl.run import progress, write_summary
 from densityrl.sample import SIDE, THREE_QUARTER, TILE
 from densityrl.statistics import wilson_interval
-from densityrl.volume import SlabSettings, slab_of_planes
+from densityrl.volume import SlabSettings, slab_of_planes, ws_of_seeds
 from triplane_kernels import Grid, density_grid_loss
 
 
@@ -42,6 +43,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare on `seeds`; writes evaluation.json and report.html, returns the former's content.
 
+    Seeds are truncated as the reward's own samples were.
     The share of seeds whose tuned geometry the reward prefers counts ties as half and comes with
     its 95 % Wilson interval. Pictures show seeds from the least to the largest gain, evenly
     spaced in rank, so the worst is among them.
@@ -75,20 +77,16 @@ def evaluate(
     order = np.argsort(gains, kind="stable")
     ranks = np.unique(np.linspace(0, len(results) - 1, min(pictures, len(results))).round())
     shown = [results[order[int(rank)]] for rank in ranks]
-    tiles = [seed_pictures(base, tuned, result.seed, level) for result in shown]
+    tiles = [seed_pictures(base, tuned, result.seed, reward.settings, level) for result in shown]
     write_report(out / "report.html", summary, shown, tiles, gains)
     return summary
-
-
-def _planes(generator: TriplaneGenerator, seed: int) -> tuple[Tensor, Tensor]:
-    ws = generator.mapping(latents([seed], generator.z_dim).to(generator.device))
-    return ws, generator.planes(ws)
 
 
 def _compare_seed(
     base: TriplaneGenerator, tuned: TriplaneGenerator, reward: RewardModel, seed: int
 ) -> SeedComparison:
-    (ws0, planes0), (ws1, planes1) = _planes(base, seed), _planes(tuned, seed)
+    ws0, ws1 = (ws_of_seeds(g, [seed], reward.settings) for g in (base, tuned))
+    planes0, planes1 = base.planes(ws0), tuned.planes(ws1)
     grid = Grid.cube(64, base.box_side)
     drift = density_grid_loss(
         planes1, tuned.decoder, grid, tuned.layout, (planes0, base.decoder), kind="l1"
@@ -108,18 +106,24 @@ def _compare_seed(
 
 @torch.no_grad()
 def seed_pictures(
-    base: TriplaneGenerator, tuned: TriplaneGenerator, seed: int, level: float
+    base: TriplaneGenerator,
+    tuned: TriplaneGenerator,
+    seed: int,
+    sampling: SlabSettings,
+    level: float,
 ) -> dict[str, np.ndarray]:
     """Pictures [H, W, 3] uint8 of one seed in both generators, in the report's order.
 
+    `sampling` says how a seed becomes a latent; the whole box is shown, whatever its slab.
     "base render", "tuned render"; "base front", ... and "three-quarter", "side": the surface at
     raw density `level`; "density change, middle slice": red where it rose, blue where it fell.
     """
-    settings = SlabSettings(resolution=96, slab="full")
+    settings = replace(sampling, resolution=96, slab="full")
     grid = settings.grid(base.box_side)
     renders, views, slices = {}, {}, {}
     for name, generator in (("base", base), ("tuned", tuned)):
-        ws, planes = _planes(generator, seed)
+        ws = ws_of_seeds(generator, [seed], settings)
+        planes = generator.planes(ws)
         image = generator.render(ws, base.frontal_camera(), planes=planes)["image"][0]
         renders[f"{name} render"] = image_of_tensor(image)
         sigma = slab_of_planes(generator, planes, settings)[0].cpu()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from densityrl.config import FinetuneConfig
 from densityrl.errors import NonFiniteError, RunError
 from densityrl.finetune.losses import sculpting_terms
-from densityrl.generator import TriplaneGenerator, latents, load_generator, save_generator
+from densityrl.generator import TriplaneGenerator, load_generator, save_generator
 from densityrl.reward import RewardModel
 from densityrl.run import (
     Interrupted,
@@ -42,7 +42,7 @@ def finetune(
 
     The directory ends as a generator that `load_generator` reads (the moving average of the
     weights), with metrics.jsonl and config.json. Training latents come from seeds of 2**31 and
-    above, so any smaller seed is held out.
+    above, so any smaller seed is held out; they are truncated as the reward's own samples were.
     """
     trainer = Finetuner(
         config, load_generator(config.generator, device), RewardModel.load(config.reward, device)
@@ -123,11 +123,10 @@ class Finetuner:
         for part in range(config.accumulate):
             draw = np.random.default_rng([config.seed, self.step, part])
             seeds = draw.integers(2**31, 2**32, config.batch).tolist()
-            z = latents(seeds, self.tuned.z_dim).to(self.tuned.device)
             cameras = self._cameras(draw)
             with torch.no_grad():
-                frozen_planes = self.frozen.planes(self.frozen.mapping(z))
-            planes = self.tuned.planes(self.tuned.mapping(z))
+                frozen_planes = planes_of_seeds(self.frozen, seeds, self.reward.settings)
+            planes = planes_of_seeds(self.tuned, seeds, self.reward.settings)
             terms = sculpting_terms(
                 self.tuned, self.frozen, self.reward, planes, frozen_planes, cameras, config
             )

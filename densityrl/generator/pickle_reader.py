@@ -77,15 +77,13 @@ class PickledObject:
 
 @dataclass(frozen=True)
 class ModuleRecord:
-    """One module of a network: class name, constructor arguments, and plain live attributes.
+    """One module of a network: its class's name and its plain live attributes.
 
     Attributes hold scalars, strings, containers of them, and tensors that are neither parameter
     nor buffer; anything else is left out.
     """
 
     class_name: str
-    init_args: tuple[Any, ...]
-    init_kwargs: dict[str, Any]
     attributes: dict[str, Any]
 
 
@@ -543,8 +541,6 @@ class _NetworkWalk:
         prefix = f"{path}." if path else ""
         self.modules[path] = ModuleRecord(
             class_name=module.class_name.rpartition(".")[2],
-            init_args=self._options(state.get("_init_args"), ()),
-            init_kwargs=self._options(state.get("_init_kwargs"), {}),
             attributes={
                 key: plain
                 for key, value in state.items()
@@ -577,10 +573,6 @@ class _NetworkWalk:
         if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
             raise _refusal(self.name, f"has no table of names as {kind} of module {path!r}")
         yield from table.items()
-
-    def _options(self, value: Any, absent: Any) -> Any:
-        plain = self._plain(value, 0)
-        return plain if isinstance(plain, type(absent)) else absent
 
     def _plain(self, value: Any, depth: int) -> Any:
         """A copy made of scalars, strings, containers and tensors, or _NOT_PLAIN."""

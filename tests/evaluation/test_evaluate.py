@@ -7,21 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_generator
+from tiny import tiny_generator, tiny_reward
 
 from densityrl.evaluation import evaluate
 from densityrl.evaluation.compare import psnr
-from densityrl.reward import RewardModel, RewardNetwork
 from densityrl.statistics import wilson_interval
 from densityrl.volume import SlabSettings, density_slab
 
 SEEDS = range(50, 56)
-
-
-def make_reward():
-    torch.manual_seed(0)
-    network = RewardNetwork((8, 8)).eval().requires_grad_(False)
-    return RewardModel(network, (8, 8), SlabSettings(resolution=16), box_side=1.0)
+SETTINGS = SlabSettings(resolution=16, truncation_psi=0.6)
 
 
 def test_psnr():
@@ -38,7 +32,9 @@ def evaluated(tmp_path_factory):
     tuned.osg_decoder.net[2].bias[0] += 0.4  # denser everywhere
     tuned.osg_decoder.net[0].weight.mul_(1.1)
     about = {"base": "a <b>", "tuned": "t", "reward": "r"}
-    summary = evaluate(base, tuned, make_reward(), SEEDS, out, level=6.0, pictures=3, about=about)
+    summary = evaluate(
+        base, tuned, tiny_reward(SETTINGS), SEEDS, out, level=6.0, pictures=3, about=about
+    )
     return out, base, tuned, summary
 
 
@@ -47,8 +43,7 @@ def test_figures(evaluated):
     written = json.loads((out / "evaluation.json").read_text())
     assert {k: v for k, v in written.items() if k != "per_seed"} == summary
     rewards = [
-        make_reward().score_slab(density_slab(g, SEEDS, SlabSettings(resolution=16)))
-        for g in (base, tuned)
+        tiny_reward(SETTINGS).score_slab(density_slab(g, SEEDS, SETTINGS)) for g in (base, tuned)
     ]
     rows = written["per_seed"]
     assert [row["seed"] for row in rows] == list(SEEDS)
@@ -98,7 +93,7 @@ def test_page(evaluated):
 
 def test_a_generator_against_itself(tmp_path):
     generator = tiny_generator()
-    summary = evaluate(generator, generator, make_reward(), [1, 2], tmp_path, level=6.0)
+    summary = evaluate(generator, generator, tiny_reward(), [1, 2], tmp_path, level=6.0)
     assert summary["tuned_preferred"] == 0.5  # ties are halves
     assert summary["drift"] == 0
     assert summary["appearance_psnr_db"] is None

@@ -6,29 +6,22 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import save_tiny, tiny_generator
+from tiny import save_tiny, tiny_generator, tiny_reward
 
 from densityrl.config import FinetuneConfig
 from densityrl.errors import CheckpointError, NonFiniteError, RunError
 from densityrl.finetune.losses import Terms, sculpting_terms
 from densityrl.finetune.train import Finetuner, finetune, moving_parameters
 from densityrl.generator import load_generator
-from densityrl.reward import RewardModel, RewardNetwork
-from densityrl.volume import SlabSettings
+from densityrl.reward import RewardModel
+from densityrl.volume import SlabSettings, density_slab
 from triplane_kernels import Grid, density_grid
-
-
-def make_reward(seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = RewardNetwork((8, 8)).eval().requires_grad_(False)
-    return RewardModel(network, (8, 8), SlabSettings(resolution=16), box_side=1.0)
 
 
 @pytest.fixture
 def config(tmp_path):
     (tmp_path / "reward").mkdir()
-    make_reward().save(tmp_path / "reward")
+    tiny_reward().save(tmp_path / "reward")
     return FinetuneConfig(
         generator=save_tiny(tmp_path / "generator"),
         reward=str(tmp_path / "reward"),
@@ -53,7 +46,7 @@ def test_loss_by_hand():
 
 
 def test_terms_of_an_unchanged_generator(config):
-    generator, reward = tiny_generator(), make_reward()
+    generator, reward = tiny_generator(), tiny_reward()
     planes = generator.planes(generator.mapping(torch.randn(2, 8)))
     cameras = generator.frontal_camera().expand(2, -1)
     terms = sculpting_terms(generator, generator, reward, planes, planes, cameras, config)
@@ -67,12 +60,21 @@ def test_terms_of_a_shifted_density(config):
     tuned.osg_decoder.net[2].bias[0] += 0.5
     planes = frozen.planes(frozen.mapping(torch.randn(2, 8)))
     cameras = frozen.frontal_camera().expand(2, -1)
-    terms = sculpting_terms(tuned, frozen, make_reward(), planes, planes, cameras, config)
+    terms = sculpting_terms(tuned, frozen, tiny_reward(), planes, planes, cameras, config)
     torch.testing.assert_close(terms.consistency, torch.full((2,), 0.5))
     assert (terms.appearance > 0).all()
     squared = dataclasses.replace(config, consistency_kind="l2")
-    terms = sculpting_terms(tuned, frozen, make_reward(), planes, planes, cameras, squared)
+    terms = sculpting_terms(tuned, frozen, tiny_reward(), planes, planes, cameras, squared)
     torch.testing.assert_close(terms.consistency, torch.full((2,), 0.25))
+
+
+def test_training_latents_are_truncated_as_the_rewards_own(config):
+    """At psi 0 every latent is the mean one, so the first step's reward is known."""
+    settings = SlabSettings(resolution=16, truncation_psi=0.0)
+    generator, reward = tiny_generator(), tiny_reward(settings)
+    expected = reward.score_slab(density_slab(generator, [0], settings)).item()
+    figures = Finetuner(config, generator, reward)._train_step()
+    assert figures["reward"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_more_steps_may_be_asked_for(config, tmp_path):
 
 
 def test_a_reward_for_another_box_is_refused(config, tmp_path):
-    reward = make_reward()
+    reward = tiny_reward()
     reward.box_side = 2.0
     reward.save(tmp_path / "reward")
     with pytest.raises(CheckpointError, match=r"box of side 2\.0"):
@@ -190,7 +192,7 @@ def test_a_reward_for_another_box_is_refused(config, tmp_path):
 
 
 def test_the_reward_reads_its_own_grid(config):
-    generator, reward = tiny_generator(), make_reward()
+    generator, reward = tiny_generator(), tiny_reward()
     planes = generator.planes(generator.mapping(torch.randn(1, 8)))
     grid = Grid.slab(16, 1.0, ((0.25, 0.25), (0.25, 0.2), (0.4, 0.1)))
     sigma = density_grid(planes, generator.decoder, grid, generator.layout)

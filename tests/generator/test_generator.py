@@ -191,7 +191,7 @@ def record_of(generator, lr_mul=0.01, **attributes):
     }
 
     def module(name="Module", **values):
-        return ModuleRecord(name, (), {}, values)
+        return ModuleRecord(name, values)
 
     config = generator.config
     last = f"backbone.synthesis.b{4 << (len(config.synthesis_channels) - 1)}.conv1"
@@ -210,7 +210,7 @@ def record_of(generator, lr_mul=0.01, **attributes):
         "neural_rendering_resolution": config.neural_rendering_resolution,
         **attributes,
     }
-    return NetworkRecord("TriPlaneGenerator", (), {}, values, tensors, frozenset(tensors), modules)
+    return NetworkRecord("TriPlaneGenerator", values, tensors, frozenset(tensors), modules)
 
 
 def axis_matrices(axes):
@@ -270,7 +270,7 @@ def test_what_an_unsupported_record_says():
     other = dataclasses.replace(record, class_name="Generator")
     with pytest.raises(CheckpointError, match="holds a Generator, not EG3D's TriPlaneGenerator"):
         generator_from_record(other, "f.pkl")
-    unknown = {**record.modules, "superresolution": ModuleRecord("Superres9", (), {}, {})}
+    unknown = {**record.modules, "superresolution": ModuleRecord("Superres9", {})}
     with pytest.raises(CheckpointError, match="super-resolution class Superres9"):
         generator_from_record(dataclasses.replace(record, modules=unknown), "f.pkl")
     tensors = dict(record.tensors)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_generator
+from tiny import tiny_generator, tiny_reward
 
 from densityrl.errors import CheckpointError
 from densityrl.reward import RewardModel, RewardNetwork
@@ -16,9 +16,7 @@ SETTINGS = SlabSettings(resolution=16, truncation_psi=0.7)
 
 
 def make_model(**values):
-    torch.manual_seed(0)
-    network = RewardNetwork((8, 12)).eval().requires_grad_(False)
-    return RewardModel(network, (8, 12), SETTINGS, **{"box_side": 1.0, **values})
+    return tiny_reward(SETTINGS, **values)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 6, 7), (32, 35, 32), (8, 40, 3)])

@@ -6,15 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import save_tiny, tiny_generator
+from tiny import save_pairs, save_tiny, tiny_generator
 
 from densityrl.config import RewardConfig
 from densityrl.errors import NonFiniteError, PreferenceError
 from densityrl.preference import (
-    PreferenceTable,
     read_preferences,
     split_preferences,
-    write_preferences,
 )
 from densityrl.reward import RewardModel
 from densityrl.reward.train import RewardTrainer, train_reward
@@ -23,9 +21,7 @@ from densityrl.volume import density_slab
 
 @pytest.fixture
 def config(tmp_path):
-    """20 pairs of seeds, of which the smaller is always preferred: nothing to be learned."""
-    seeds = np.arange(40).reshape(2, 20)
-    write_preferences(tmp_path / "pairs.csv", PreferenceTable(seeds[0], seeds[1]))
+    save_pairs(tmp_path / "pairs.csv")
     return RewardConfig(
         generator=save_tiny(tmp_path / "generator"),
         preferences=str(tmp_path / "pairs.csv"),
