@@ -54,7 +54,7 @@ class TriplaneLayout:
         if min(three_floats(self.extent, "extent")) <= 0:
             raise ValueError(f"extent must be positive, got {self.extent!r}.")
         if not isinstance(self.extent, Real):
-            object.__setattr__(self, "extent", self.extents)
+            object.__setattr__(self, "extent", three_floats(self.extent, "extent"))
         if self.reduce not in get_args(Reduce):
             raise ValueError(f"reduce must be one of {get_args(Reduce)}, got {self.reduce!r}.")
         if self.padding not in get_args(Padding):
@@ -63,7 +63,8 @@ class TriplaneLayout:
     @property
     def extents(self) -> tuple[float, float, float]:
         """The box's sides along x, y, z."""
-        return three_floats(self.extent, "extent")
+        extent = self.extent
+        return extent if isinstance(extent, tuple) else (extent, extent, extent)
 
     def feature_channels(self, channels: int) -> int:
         """Length of the feature vector made from planes of `channels` channels each."""

@@ -1,5 +1,8 @@
 """The public operations: check the arguments, choose a backend, call it.
 
+Backends: "cpu", the C++ kernels, for tensors on the CPU; "triton" for a GPU; "reference", plain
+PyTorch, for every device and dtype. The kernels run as torch custom ops (`library`).
+
 What holds for all of them:
 
 planes   [B, P, C, H, W], or a sequence of P tensors [B, C, Hp, Wp] where sizes differ; P, the
@@ -11,21 +14,23 @@ backend  "auto" takes the best one for the device; a name forces one, and an err
          cannot be had. `available_backends` tells what "auto" takes.
 
 Results have the promoted dtype of all inputs, and at least float32: half-precision planes are
-read as they are and computed with in float32. Autocast changes nothing. Everything can be
-differentiated, twice where the backend is "reference". An argument that does not fit raises
+read as they are and computed with in float32; float64 is for "reference" alone. Autocast changes
+nothing. Everything can be differentiated, and differentiated again (second derivatives are the
+reference's, whatever the backend). An argument that does not fit raises
 ValueError, or TypeError for a dtype; a backend that cannot be had raises RuntimeError.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from triplane_kernels import reference
+from triplane_kernels import cpu, library, reference
 from triplane_kernels.decoder import DensityMLP
 from triplane_kernels.grid import Grid
 from triplane_kernels.layout import TriplaneLayout
@@ -40,7 +45,10 @@ OPERATIONS = (
     "density_gradient",
 )
 
-_BACKENDS: dict[str, ModuleType] = {"reference": reference}  # best first; the last takes all
+_BACKENDS = ("cpu", "triton", "reference")  # best first; the last takes everything
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_GRID_OPERATIONS = ("density_grid", "density_grid_loss")
 
 
 def sample_features(
@@ -53,7 +61,18 @@ def sample_features(
     """
     _check_planes(planes, layout)
     _check_points(points, planes)
-    return _backend("sample_features", backend, points).sample_features(planes, points, layout)
+    chosen = _backend("sample_features", backend, planes, None, layout, points)
+    if chosen == "reference":
+        return reference.sample_features(planes, points, layout)
+    groups = (_plane_group(planes), [points.float()])
+    settings = library.layout_settings(layout, _combine(layout))
+    (features,) = library.sample_features(groups, settings, chosen)
+    count = len(layout.axes)
+    if layout.reduce == "mean":
+        return features / count
+    if layout.reduce == "concat_channel_major":
+        return features.unflatten(-1, (count, -1)).transpose(-1, -2).flatten(-2)
+    return features
 
 
 def density(
@@ -68,7 +87,10 @@ def density(
     _check_planes(planes, layout)
     _check_decoder(decoder, planes, layout)
     _check_points(points, planes)
-    return _backend("density", backend, points).density(planes, decoder, points, layout)
+    chosen = _backend("density", backend, planes, decoder, layout, points)
+    if chosen == "reference":
+        return reference.density(planes, decoder, points, layout)
+    return _radiance(planes, decoder, points, layout, chosen, rows=1)[0]
 
 
 def radiance(
@@ -87,7 +109,11 @@ def radiance(
     _check_planes(planes, layout)
     _check_decoder(decoder, planes, layout)
     _check_points(points, planes)
-    return _backend("radiance", backend, points).radiance(planes, decoder, points, layout)
+    chosen = _backend("radiance", backend, planes, decoder, layout, points)
+    if chosen == "reference":
+        return reference.radiance(planes, decoder, points, layout)
+    sigma, features = _radiance(planes, decoder, points, layout, chosen)
+    return sigma, features
 
 
 def density_grid(
@@ -106,8 +132,17 @@ def density_grid(
     """
     _check_planes(planes, layout)
     _check_decoder(decoder, planes, layout)
-    device = decoder.weights[0]
-    return _backend("density_grid", backend, device).density_grid(planes, decoder, grid, layout)
+    chosen = _backend("density_grid", backend, planes, decoder, layout)
+    if chosen == "reference":
+        return reference.density_grid(planes, decoder, grid, layout)
+    groups = (_plane_group(planes), *_decoder_groups(decoder, layout, rows=1))
+    settings = (
+        decoder.hidden,
+        decoder.output,
+        *library.grid_settings(grid),
+        *library.layout_settings(layout, _combine(layout)),
+    )
+    return library.density_grid(groups, settings, chosen)[0]
 
 
 def density_grid_loss(
@@ -133,8 +168,27 @@ def density_grid_loss(
     _check_target(target, planes, grid, layout)
     if kind not in ("l1", "l2"):
         raise ValueError(f"kind must be 'l1' or 'l2', got {kind!r}.")
-    chosen = _backend("density_grid_loss", backend, decoder.weights[0])
-    return chosen.density_grid_loss(planes, decoder, grid, layout, target, kind)
+    chosen = _backend("density_grid_loss", backend, planes, decoder, layout, target=target)
+    if chosen == "reference":
+        return reference.density_grid_loss(planes, decoder, grid, layout, target, kind)
+    groups = (_plane_group(planes), *_decoder_groups(decoder, layout, rows=1))
+    if isinstance(target, Tensor):
+        target_groups: tuple[list[Tensor], ...] = ([target.float()], [], [], [])
+        target_activations = (decoder.hidden, decoder.output)  # not looked at
+    else:
+        target_planes, other = target
+        target_decoder = _decoder_groups(other, layout, rows=1)
+        target_groups = ([], _plane_group(target_planes), *target_decoder)
+        target_activations = (other.hidden, other.output)
+    settings = (
+        decoder.hidden,
+        decoder.output,
+        *target_activations,
+        kind,
+        *library.grid_settings(grid),
+        *library.layout_settings(layout, _combine(layout)),
+    )
+    return library.density_grid_loss((*groups, *target_groups), settings, chosen)[0]
 
 
 def density_gradient(
@@ -153,8 +207,81 @@ def density_gradient(
     _check_planes(planes, layout)
     _check_decoder(decoder, planes, layout)
     _check_points(points, planes)
-    chosen = _backend("density_gradient", backend, points)
-    return chosen.density_gradient(planes, decoder, points, layout)
+    chosen = _backend("density_gradient", backend, planes, decoder, layout, points)
+    if chosen == "reference":
+        return reference.density_gradient(planes, decoder, points, layout)
+    # The kernel's own backward by the points, of every sample separately.
+    points = points.expand(_first(planes).shape[0], -1, -1)
+    groups, settings = _radiance_arguments(planes, decoder, points, layout, rows=1)
+    outputs = library.radiance(groups, settings, chosen)
+    d_outputs = [torch.ones_like(outputs[0]), torch.zeros_like(outputs[1])]
+    detached = [output.detach() for output in outputs]
+    (gradient,) = library.radiance.call_backward(
+        d_outputs, detached, groups, settings, chosen, (False, False, False, True)
+    )
+    sigma = outputs[0]
+    return sigma, gradient.masked_fill(sigma.isnan()[..., None], torch.nan)
+
+
+# ------------------------------------------------------------------- arguments of the kernels
+
+
+def _radiance(
+    planes: Planes,
+    decoder: DensityMLP,
+    points: Tensor,
+    layout: TriplaneLayout,
+    backend: str,
+    rows: int | None = None,
+) -> list[Tensor]:
+    groups, settings = _radiance_arguments(planes, decoder, points, layout, rows)
+    return library.radiance(groups, settings, backend)
+
+
+def _radiance_arguments(
+    planes: Planes,
+    decoder: DensityMLP,
+    points: Tensor,
+    layout: TriplaneLayout,
+    rows: int | None,
+) -> tuple[library.Groups, library.Settings]:
+    groups = (
+        _plane_group(planes),
+        *_decoder_groups(decoder, layout, rows),
+        [points.float()],
+    )
+    settings = library.layout_settings(layout, _combine(layout))
+    return groups, (decoder.hidden, decoder.output, *settings)
+
+
+def _plane_group(planes: Planes) -> list[Tensor]:
+    return [planes] if isinstance(planes, Tensor) else list(planes)
+
+
+def _combine(layout: TriplaneLayout) -> str:
+    """What is left of a reduction when the decoder's first layer has taken its share."""
+    return {"mean": "sum", "concat_channel_major": "concat"}.get(layout.reduce, layout.reduce)
+
+
+def _decoder_groups(
+    decoder: DensityMLP, layout: TriplaneLayout, rows: int | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases for a plain sum or concatenation, with only `rows` of the last layer."""
+    weights = [weight.float() for weight in decoder.weights]
+    biases = [
+        weight.new_zeros(weight.shape[0]) if bias is None else bias.float()
+        for weight, bias in zip(weights, decoder.biases, strict=True)
+    ]
+    count = len(layout.axes)
+    if layout.reduce == "mean":
+        weights[0] = weights[0] / count
+    elif layout.reduce == "concat_channel_major":
+        weights[0] = weights[0].unflatten(1, (-1, count)).transpose(1, 2).flatten(1)
+    if rows is not None:
+        weights[-1], biases[-1] = weights[-1][:rows], biases[-1][:rows]
+    if decoder.bias_shift:
+        biases[-1] = torch.cat([biases[-1][:1] + decoder.bias_shift, biases[-1][1:]])
+    return weights, biases
 
 
 # ----------------------------------------------------------------------------------- backends
@@ -170,35 +297,70 @@ class BackendChoice:
 
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, BackendChoice]:
-    """For every operation, the backend that "auto" takes on a device."""
+    """For every operation, the backend that "auto" takes on a device for float32 inputs."""
     device = torch.device(device)
-    report = {}
-    for operation in OPERATIONS:
-        refusals = {name: _why_not(name, operation, device) for name in _BACKENDS}
-        available = tuple(name for name, refusal in refusals.items() if not refusal)
-        passed_over = [
-            f"{name}: {refusal}"
-            for name, refusal in refusals.items()
-            if refusal and name != available[0]
-        ]
-        why = "; ".join(passed_over) or "the first choice of this build"
-        report[operation] = BackendChoice(available[0], why, available)
-    return report
+    refusals = {name: _why_not(name, device) for name in _BACKENDS}
+    available = tuple(name for name, refusal in refusals.items() if not refusal)
+    candidates = (*_candidates(device), "reference")
+    chosen = next(name for name in candidates if not refusals[name])
+    passed_over = [f"{name}: {refusals[name]}" for name in candidates[: candidates.index(chosen)]]
+    why = "; ".join(passed_over) or "the first choice"
+    return {operation: BackendChoice(chosen, why, available) for operation in OPERATIONS}
 
 
-def _backend(operation: str, name: str, tensor: Tensor) -> ModuleType:
-    """The module that runs an operation. An explicit choice is met or refused, never replaced."""
-    if name == "auto":
-        name = next(n for n in _BACKENDS if not _why_not(n, operation, tensor.device))
-    elif refusal := _why_not(name, operation, tensor.device):
-        raise RuntimeError(f"backend={name!r} cannot run {operation} here: {refusal}.")
-    return _BACKENDS[name]
+def _backend(
+    operation: str,
+    name: str,
+    planes: Planes,
+    decoder: DensityMLP | None,
+    layout: TriplaneLayout,
+    points: Tensor | None = None,
+    target: Target | None = None,
+) -> str:
+    """The backend of an operation. An explicit choice is met or refused, never replaced."""
+    if name not in ("auto", *_BACKENDS):
+        known = ", ".join(repr(n) for n in ("auto", *_BACKENDS))
+        raise RuntimeError(f"backend={name!r} cannot run {operation}: there are {known}.")
+    if name == "reference":
+        return name
+    dtype = reference.compute_dtype(planes, decoder, points)
+    if isinstance(target, Tensor):
+        dtype = torch.promote_types(dtype, target.dtype)
+    elif target is not None:
+        dtype = torch.promote_types(dtype, reference.compute_dtype(*target))
+    device = _first(planes).device
+    for candidate in _candidates(device) if name == "auto" else (name,):
+        refusal = _why_not(candidate, device)
+        if not refusal and dtype != torch.float32:
+            refusal = "it computes in float32, and an input is float64"
+        if not refusal and candidate == "cpu" and operation in _GRID_OPERATIONS:
+            refusal = cpu.why_not_grid(layout)
+        if not refusal:
+            return candidate
+        if name != "auto":
+            raise RuntimeError(f"backend={name!r} cannot run {operation} here: {refusal}.")
+    return "reference"
 
 
-def _why_not(name: str, operation: str, device: torch.device) -> str:
-    """Why a backend cannot run an operation on a device; empty if it can."""
-    if name not in _BACKENDS:
-        return f"this build has {', '.join(repr(known) for known in _BACKENDS)} and 'auto'"
+def _candidates(device: torch.device) -> tuple[str, ...]:
+    """The kernels that "auto" tries; Triton's interpreter, on the CPU, only runs when named."""
+    return ("cpu",) if device.type == "cpu" else _BACKENDS[:-1]
+
+
+def _why_not(name: str, device: torch.device) -> str:
+    """Why a backend cannot run on a device; empty if it can."""
+    if name == "cpu":
+        return cpu.why_not(device)
+    if name == "triton":
+        return _why_not_triton(device)
+    return ""
+
+
+def _why_not_triton(device: torch.device) -> str:
+    if not _TRITON_INSTALLED:
+        return "triton is not installed (pip install triton)"
+    if device.type != "cuda" and not _TRITON_INTERPRETED:
+        return "it computes on a GPU only"
     return ""
 
 

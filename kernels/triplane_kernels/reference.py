@@ -272,7 +272,7 @@ def _resample_rows(rows: Tensor, axis: int, grid: Grid, layout: TriplaneLayout) 
     Positions and weights are worked out in float64 whatever the dtype: there are few of them.
     """
     coordinates = grid.coordinates(axis, torch.float64, "cpu")
-    taps = _Taps.at(coordinates, layout.extents[axis], rows.shape[0], layout)
+    taps = Taps.at(coordinates, layout.extents[axis], rows.shape[0], layout)
     low, high = (
         rows.index_select(0, index.to(rows.device)) * weight.to(rows)[:, None, None, None]
         for index, weight in zip(taps.index, taps.weight, strict=True)
@@ -296,7 +296,7 @@ def _plane_columns(weight: Tensor, plane: int, layout: TriplaneLayout) -> Tensor
 
 
 @dataclass(frozen=True)
-class _Taps:
+class Taps:
     """Linear interpolation along one image axis: two pixels, and the weight of each.
 
     `inside` is 1 where a pixel counts and 0 where it does not; `rate` is the derivative of the
@@ -309,7 +309,7 @@ class _Taps:
     rate: Tensor
 
     @classmethod
-    def at(cls, coordinate: Tensor, extent: float, size: int, layout: TriplaneLayout) -> _Taps:
+    def at(cls, coordinate: Tensor, extent: float, size: int, layout: TriplaneLayout) -> Taps:
         # Nothing beyond u = 4 can touch the image, and clamping there makes infinities harmless.
         # A NaN passes the clamps, and reaches the result by way of the weights.
         u = (coordinate * (2 / extent)).clamp(-4, 4)
@@ -357,8 +357,8 @@ class _Lookup:
     """A bilinear lookup of points on one plane: taps along the width (a) and the height (b)."""
 
     image: _Image
-    a: _Taps
-    b: _Taps
+    a: Taps
+    b: Taps
 
     @classmethod
     def at(
@@ -367,8 +367,8 @@ class _Lookup:
         extent_a, extent_b = (layout.extents[axis] for axis in axes)
         return cls(
             image,
-            _Taps.at(points[..., axes[0]], extent_a, image.width, layout),
-            _Taps.at(points[..., axes[1]], extent_b, image.height, layout),
+            Taps.at(points[..., axes[0]], extent_a, image.width, layout),
+            Taps.at(points[..., axes[1]], extent_b, image.height, layout),
         )
 
     @property

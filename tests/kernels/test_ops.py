@@ -99,10 +99,13 @@ def test_no_grad_gives_the_same_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_backend_is_named_or_refused(name: str) -> None:
     arguments = inputs()
-    named = call(name, *arguments, backend="reference")
+    chosen = tk.available_backends("cpu")[name].chosen
+    named = call(name, *arguments, backend=chosen)
     assert torch.equal(named, call(name, *arguments, backend="auto"))
-    with pytest.raises(RuntimeError, match=f"backend='cuds' cannot run {name} .*'reference'"):
+    with pytest.raises(RuntimeError, match=f"backend='cuds' cannot run {name}: .*'reference'"):
         call(name, *arguments, backend="cuds")
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot run .*: it computes in float32"):
+        call(name, *inputs(torch.float64), backend="cpu")
 
 
 def test_available_backends_covers_every_operation() -> None:
