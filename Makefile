@@ -16,6 +16,7 @@ test: lint
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*/*)
 	$(BIN)/mypy
 
 install: $(INSTALLED)

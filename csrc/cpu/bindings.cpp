@@ -40,8 +40,7 @@ Difference difference(const std::string& kind) { return choose<Difference>(kind,
 struct Decoder {
   Decoder(std::vector<int> widths, const std::vector<Address>& weights,
           const std::vector<Address>& biases, const std::string& hidden, const std::string& output,
-          const std::vector<Address>& weight_gradients,
-          const std::vector<Address>& bias_gradients)
+          const std::vector<Address>& weight_gradients, const std::vector<Address>& bias_gradients)
       : widths(std::move(widths)),
         hidden(choose<Hidden>(hidden, {"softplus", "relu", "silu"})),
         output(choose<Output>(output, {"identity", "softplus", "exp"})) {
@@ -54,7 +53,11 @@ struct Decoder {
   }
 
   Mlp mlp() const {
-    return {static_cast<int>(weights.size()), widths.data(), weights.data(), biases.data(), hidden,
+    return {static_cast<int>(weights.size()),
+            widths.data(),
+            weights.data(),
+            biases.data(),
+            hidden,
             output};
   }
   MlpGradients gradients() const {
@@ -134,13 +137,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("runnable_isas", &runnable_isas, "What this processor and build run, best first.");
   m.def("use_isa", &use_isa, py::arg("isa"));
 
-  py::class_<Taps>(m, "Taps")
-      .def(py::init([](Address low, Address high, Address weight_low, Address weight_high) {
-             return Taps{at<const int32_t>(low), at<const int32_t>(high),
-                         at<const float>(weight_low), at<const float>(weight_high)};
-           }),
-           py::kw_only(), py::arg("low"), py::arg("high"), py::arg("weight_low"),
-           py::arg("weight_high"));
+  py::class_<Taps>(m, "Taps").def(
+      py::init([](Address low, Address high, Address weight_low, Address weight_high) {
+        return Taps{at<const int32_t>(low), at<const int32_t>(high), at<const float>(weight_low),
+                    at<const float>(weight_high)};
+      }),
+      py::kw_only(), py::arg("low"), py::arg("high"), py::arg("weight_low"),
+      py::arg("weight_high"));
   py::class_<Decoder>(m, "Decoder")
       .def(py::init<std::vector<int>, const std::vector<Address>&, const std::vector<Address>&,
                     const std::string&, const std::string&, const std::vector<Address>&,
@@ -150,15 +153,23 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("bias_gradients"));
   py::class_<GridPlane>(m, "GridPlane")
       .def(py::init([](Address data, Address gradient, int64_t batch_stride,
-                       int64_t gradient_stride, int height, int width,
-                       const Taps& across, const Taps& down, int table, int channel,
-                       bool width_is_slow) {
-             return GridPlane{at<const float>(data), at<float>(gradient), batch_stride, gradient_stride, height,
-                              width, across, down, table, channel, width_is_slow};
+                       int64_t gradient_stride, int height, int width, const Taps& across,
+                       const Taps& down, int table, int channel, bool width_is_slow) {
+             return GridPlane{at<const float>(data),
+                              at<float>(gradient),
+                              batch_stride,
+                              gradient_stride,
+                              height,
+                              width,
+                              across,
+                              down,
+                              table,
+                              channel,
+                              width_is_slow};
            }),
            py::kw_only(), py::arg("data"), py::arg("gradient"), py::arg("batch_stride"),
-           py::arg("gradient_stride"), py::arg("height"), py::arg("width"), py::arg("across"), py::arg("down"),
-           py::arg("table"), py::arg("channel"), py::arg("width_is_slow"));
+           py::arg("gradient_stride"), py::arg("height"), py::arg("width"), py::arg("across"),
+           py::arg("down"), py::arg("table"), py::arg("channel"), py::arg("width_is_slow"));
   py::class_<Grid>(m, "GridField")
       .def(py::init<int, int, std::array<int, 3>, std::vector<GridPlane>, std::array<int, 3>,
                     std::array<Address, 3>, std::array<Address, 3>, const Decoder&>(),
@@ -167,14 +178,22 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("table_weight_gradient"), py::arg("decoder"));
   py::class_<PointPlane>(m, "PointPlane")
       .def(py::init([](Address data, Address gradient, int64_t batch_stride,
-                       int64_t gradient_stride, int height, int width,
-                       int axis_across, int axis_down, float extent_across, float extent_down) {
-             return PointPlane{at<const float>(data), at<float>(gradient), batch_stride, gradient_stride, height,
-                               width, axis_across, axis_down, extent_across, extent_down};
+                       int64_t gradient_stride, int height, int width, int axis_across,
+                       int axis_down, float extent_across, float extent_down) {
+             return PointPlane{at<const float>(data),
+                               at<float>(gradient),
+                               batch_stride,
+                               gradient_stride,
+                               height,
+                               width,
+                               axis_across,
+                               axis_down,
+                               extent_across,
+                               extent_down};
            }),
            py::kw_only(), py::arg("data"), py::arg("gradient"), py::arg("batch_stride"),
-           py::arg("gradient_stride"), py::arg("height"), py::arg("width"), py::arg("axis_across"), py::arg("axis_down"),
-           py::arg("extent_across"), py::arg("extent_down"));
+           py::arg("gradient_stride"), py::arg("height"), py::arg("width"), py::arg("axis_across"),
+           py::arg("axis_down"), py::arg("extent_across"), py::arg("extent_down"));
   py::class_<Points>(m, "PointField")
       .def(py::init<int, int, std::vector<PointPlane>, const std::string&, bool, bool, int64_t,
                     Address, int64_t, Address, const Decoder&>(),

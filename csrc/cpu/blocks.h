@@ -28,8 +28,7 @@ inline void multiply_tile(float* out, int64_t out_stride, const float* left, int
   // The bias comes last: it may be large beside the products, and would cost each a rounding.
   for (int row = 0; row < ROWS; ++row)
     for (int v = 0; v < VECTORS; ++v)
-      store(out + row * out_stride + v * kLanes,
-            bias ? total[row][v] + bias[row] : total[row][v]);
+      store(out + row * out_stride + v * kLanes, bias ? total[row][v] + bias[row] : total[row][v]);
 }
 
 template <int ROWS>
@@ -49,8 +48,8 @@ inline void multiply_rows(float* out, int64_t out_stride, const float* left, int
 // out [rows][columns] = left [rows][depth] right [depth][columns] + bias [rows] (may be null), or
 // with `accumulate` added to what is there. columns is a multiple of kPad.
 inline void multiply(float* out, int64_t out_stride, const float* left, int64_t left_stride,
-                     const float* right, int64_t right_stride, int rows, int depth,
-                     int64_t columns, const float* bias, bool accumulate) {
+                     const float* right, int64_t right_stride, int rows, int depth, int64_t columns,
+                     const float* bias, bool accumulate) {
   int row = 0;
   for (; row + 4 <= rows; row += 4)
     multiply_rows<4>(out + row * out_stride, out_stride, left + row * left_stride, left_stride,
@@ -196,9 +195,12 @@ class BlockMlp {
 
   void activate_layer(int layer, int columns) {
     switch (mlp_.hidden) {
-      case Hidden::softplus: return activate_as<Hidden::softplus>(layer, columns);
-      case Hidden::relu: return activate_as<Hidden::relu>(layer, columns);
-      case Hidden::silu: return activate_as<Hidden::silu>(layer, columns);
+      case Hidden::softplus:
+        return activate_as<Hidden::softplus>(layer, columns);
+      case Hidden::relu:
+        return activate_as<Hidden::relu>(layer, columns);
+      case Hidden::silu:
+        return activate_as<Hidden::silu>(layer, columns);
     }
   }
 

@@ -24,8 +24,8 @@ namespace {
 // ----------------------------------------------------------------------------- factored form
 
 // How many rows and vectors of voxels are in registers at once.
-constexpr int kTileRows = 2;
-constexpr int kTileVectors = DENSITYRL_LANES == 16 ? 2 : 1;
+constexpr int kTileRows = 4;
+constexpr int kTileVectors = 1;
 
 // out [ROWS][VECTORS * kLanes] = bias + sum_h weight[h] ln(1 + a b c), weight times ln 2 / 2^23
 template <bool THREE, int ROWS, int VECTORS>
@@ -38,15 +38,17 @@ inline void factored_tile(const float* a, int64_t a_stride, const float* b, int6
   for (int h = 0; h < hidden; ++h) {
     vf factor[VECTORS];
     for (int v = 0; v < VECTORS; ++v) factor[v] = load(b + h * b_stride + v * kLanes);
-    const float w = weight[h];
+    vf u[ROWS * VECTORS], logarithm[ROWS * VECTORS];
     for (int row = 0; row < ROWS; ++row) {
       const float scale = a[h * a_stride + row];
       for (int v = 0; v < VECTORS; ++v) {
-        vf u = scale * factor[v];
-        if (THREE) u *= load(c + row * c_row + h * b_stride + v * kLanes);
-        total[row][v] += w * scaled_log2_1p(u);
+        u[row * VECTORS + v] = scale * factor[v];
+        if (THREE) u[row * VECTORS + v] *= load(c + row * c_row + h * b_stride + v * kLanes);
       }
     }
+    scaled_log2_1p(u, logarithm);
+    for (int row = 0; row < ROWS; ++row)
+      for (int v = 0; v < VECTORS; ++v) total[row][v] += weight[h] * logarithm[row * VECTORS + v];
   }
   for (int row = 0; row < ROWS; ++row)
     for (int v = 0; v < VECTORS; ++v)
@@ -59,25 +61,25 @@ inline void factored_rows(const float* a, int64_t a_stride, const float* b, int6
                           float bias, float* out, int64_t columns) {
   int64_t k = 0;
   for (; k + kTileVectors * kLanes <= columns; k += kTileVectors * kLanes)
-    factored_tile<THREE, ROWS, kTileVectors>(a, a_stride, b + k, b_stride, THREE ? c + k : c,
-                                             c_row, weight, hidden, bias, out + k, columns);
+    factored_tile<THREE, ROWS, kTileVectors>(a, a_stride, b + k, b_stride, THREE ? c + k : c, c_row,
+                                             weight, hidden, bias, out + k, columns);
   for (; k < columns; k += kLanes)
     factored_tile<THREE, ROWS, 1>(a, a_stride, b + k, b_stride, THREE ? c + k : c, c_row, weight,
                                   hidden, bias, out + k, columns);
 }
 
-// One slice: a [H][a_stride], b [H][columns], c [rows][H][columns]; out [rows][columns].
+// One slice: a [H][a_stride], b [H][b_stride], c [rows][H][b_stride]; out [rows][columns].
 template <bool THREE>
-void factored_slice(const float* a, int64_t a_stride, const float* b, const float* c,
-                    const float* weight, int hidden, float bias, float* out, int rows,
-                    int64_t columns) {
-  const int64_t c_row = hidden * columns;
+void factored_slice(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                    const float* c, const float* weight, int hidden, float bias, float* out,
+                    int rows, int64_t columns) {
+  const int64_t c_row = hidden * b_stride;
   int j = 0;
   for (; j + kTileRows <= rows; j += kTileRows)
-    factored_rows<THREE, kTileRows>(a + j, a_stride, b, columns, THREE ? c + j * c_row : c, c_row,
+    factored_rows<THREE, kTileRows>(a + j, a_stride, b, b_stride, THREE ? c + j * c_row : c, c_row,
                                     weight, hidden, bias, out + j * columns, columns);
   for (; j < rows; ++j)
-    factored_rows<THREE, 1>(a + j, a_stride, b, columns, THREE ? c + j * c_row : c, c_row, weight,
+    factored_rows<THREE, 1>(a + j, a_stride, b, b_stride, THREE ? c + j * c_row : c, c_row, weight,
                             hidden, bias, out + j * columns, columns);
 }
 
@@ -91,6 +93,7 @@ template <bool THREE, bool WEIGHT, int VECTORS>
 inline vf factored_gradient_tile(const float* a, const float* b, const float* c, int64_t c_row,
                                  const float* g, int64_t g_stride, float weight, int rows,
                                  float* d_a, float* d_b, float* d_c) {
+  constexpr int GROUP = lesser(VECTORS, 4);
   vf factor[VECTORS], column_total[VECTORS], weight_total = {};
   for (int v = 0; v < VECTORS; ++v) {
     factor[v] = load(b + v * kLanes);
@@ -99,18 +102,25 @@ inline vf factored_gradient_tile(const float* a, const float* b, const float* c,
   for (int j = 0; j < rows; ++j) {
     const float scale = a[j];
     vf row_total = {};
-    for (int v = 0; v < VECTORS; ++v) {
-      const vf d_raw = load(g + j * g_stride + v * kLanes);
-      vf u = scale * factor[v];
-      if (THREE) u *= load(c + j * c_row + v * kLanes);
-      const vf d = d_raw * (u * reciprocal(u + 1.0f));
-      column_total[v] += d;
-      row_total += d;
-      if (THREE) {
-        float* p = d_c + j * c_row + v * kLanes;
-        store(p, load(p) + weight * d);
+    for (int first = 0; first < VECTORS; first += GROUP) {
+      vf u[GROUP], d[GROUP], logarithm[GROUP];
+      for (int n = 0; n < GROUP; ++n) {
+        u[n] = scale * factor[first + n];
+        if (THREE) u[n] *= load(c + j * c_row + (first + n) * kLanes);
       }
-      if (WEIGHT) weight_total += d_raw * scaled_log2_1p(u);
+      if (WEIGHT) scaled_log2_1p(u, logarithm);
+      for (int n = 0; n < GROUP; ++n) d[n] = reciprocal(u[n] + 1.0f);
+      for (int n = 0; n < GROUP; ++n) {
+        const vf d_raw = load(g + j * g_stride + (first + n) * kLanes);
+        d[n] = d_raw * (u[n] * d[n]);
+        if (WEIGHT) weight_total += d_raw * logarithm[n];
+      }
+      for (int n = 0; n < GROUP; ++n) column_total[first + n] += d[n];
+      for (int n = 0; n < GROUP; ++n) row_total += d[n];
+      for (int n = 0; THREE && n < GROUP; ++n) {
+        float* p = d_c + j * c_row + (first + n) * kLanes;
+        store(p, load(p) + weight * d[n]);
+      }
     }
     d_a[j] += weight * sum(row_total);
   }
@@ -123,20 +133,20 @@ struct Count {
   static constexpr int value = N;
 };
 
-// d_a [H][a_stride] is added to, d_b [H][columns] is written, d_c [rows][H][columns] and d_weight
-// [H] (null: not wanted) are added to.
+// g [rows][columns]. d_a [H][a_stride] is added to, d_b [H][b_stride] is written, d_c
+// [rows][H][b_stride] and d_weight [H] (null: not wanted) are added to.
 template <bool THREE, bool WEIGHT>
-void factored_gradient_slice(const float* a, int64_t a_stride, const float* b, const float* c,
-                             const float* weight, int hidden, const float* g, int rows,
-                             int64_t columns, float* d_a, float* d_b, float* d_c,
+void factored_gradient_slice(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                             const float* c, const float* weight, int hidden, const float* g,
+                             int rows, int64_t columns, float* d_a, float* d_b, float* d_c,
                              float* d_weight) {
   constexpr int kVectors = DENSITYRL_LANES == 16 ? 8 : 4;
-  const int64_t c_row = hidden * columns;
+  const int64_t c_row = hidden * b_stride;
   for (int h = 0; h < hidden; ++h) {
     vf weight_total = {};
     const auto tile = [&](auto vectors, int64_t k) {
       constexpr int count = decltype(vectors)::value;
-      const int64_t at = h * columns + k;
+      const int64_t at = h * b_stride + k;
       weight_total += factored_gradient_tile<THREE, WEIGHT, count>(
           a + h * a_stride, b + at, THREE ? c + at : c, c_row, g + k, columns, weight[h], rows,
           d_a + h * a_stride, d_b + at, THREE ? d_c + at : d_c);
@@ -149,6 +159,10 @@ void factored_gradient_slice(const float* a, int64_t a_stride, const float* b, c
 }
 
 // ------------------------------------------------------------------------------------ a field
+
+// The stride of rows of n floats. An odd number of cache lines, or the rows of a power of two would
+// all compete for a few sets of the first-level cache.
+constexpr int64_t spread(int64_t n) { return (padded(n) / kPad | 1) * kPad; }
 
 // What one thread needs to work on a slice.
 struct SliceMemory {
@@ -166,6 +180,8 @@ class Field {
         hidden_(field.mlp.widths[1]),
         rows_(field.shape[1]),
         columns_(padded(field.shape[2])),
+        a_stride_(spread(field.shape[1])),
+        b_stride_(spread(field.shape[2])),
         three_(field.table_channels[2] > 0),
         groups_(lesser(field.shape[0], three_ ? 8 : kMaxGroups)),
         factorable_(field.mlp.layers == 2 && field.mlp.hidden == Hidden::softplus),
@@ -178,12 +194,16 @@ class Field {
     int64_t partial_at = layout_.floats;  // the tables' weights follow the layers
     for (int t = 0; t < 3; ++t) {
       slow_[t] = slow[t];
-      fast_[t] = padded(fast[t]);
+      fast_[t] = spread(fast[t]);
       const int channels = field.table_channels[t];
       if (!channels) continue;
       if (biased_ < 0) biased_ = t;
       widest = greater(widest, channels);
       tables_[t].allocate(slow_[t] * channels * fast_[t]);
+      // What resampling does not write must be finite: it meets zero gradients.
+      for (int64_t row = 0; row < static_cast<int64_t>(slow_[t]) * channels; ++row)
+        std::memset(tables_[t].get() + row * fast_[t] + padded(fast[t]), 0,
+                    4 * (fast_[t] - padded(fast[t])));
       table_partial_[t] = partial_at;
       partial_at += hidden_ * padded(channels);
       if (backward) {
@@ -193,16 +213,16 @@ class Field {
             back_[t].get()[c * hidden_ + h] = field.table_weight[t][h * channels + c];
       }
     }
-    if (three_) third_.allocate(rows_ * hidden_ * columns_);
+    if (three_) third_.allocate(third_floats());
     if (three_ && backward) third_gradient_.allocate(groups_ * third_floats());
     scaled_weight_.allocate(hidden_);
     if (factorable_)
       for (int h = 0; h < hidden_; ++h)
         scaled_weight_.get()[h] = field.mlp.weights[1][h] * (kLn2 / kLog2Scale);
 
-    const int64_t longest = greater(padded(rows_), columns_);
+    const int64_t longest = greater(a_stride_, b_stride_);
     const int64_t mlp = BlockMlp::memory(field.mlp, backward);
-    const int64_t one = hidden_ * (4 * longest + columns_) + longest * padded(widest) + mlp;
+    const int64_t one = (5 * hidden_ + padded(widest)) * longest + mlp;
     memory_.allocate(threads * one);
     slices_ = static_cast<SliceMemory*>(aligned_memory(threads * sizeof(SliceMemory)));
     for (int thread = 0; thread < threads; ++thread) {
@@ -210,7 +230,7 @@ class Field {
       SliceMemory& m = slices_[thread];
       float** const parts[] = {&m.a, &m.b, &m.d_a, &m.d_b};
       for (float** part : parts) *part = p, p += hidden_ * longest;
-      m.c = p, p += hidden_ * columns_;
+      m.c = p, p += hidden_ * longest;
       m.table = p, p += longest * padded(widest);
       m.mlp = p;
     }
@@ -230,7 +250,9 @@ class Field {
   int groups() const { return groups_; }
   int64_t columns() const { return columns_; }
   int64_t slice_floats() const { return rows_ * columns_; }
-  int first_slice(int group) const { return static_cast<int>(static_cast<int64_t>(field_.shape[0]) * group / groups_); }
+  int first_slice(int group) const {
+    return static_cast<int>(static_cast<int64_t>(field_.shape[0]) * group / groups_);
+  }
 
   // Resamples one sample's planes, and makes the third table.
   void tabulate(int sample, Team& team) {
@@ -246,14 +268,14 @@ class Field {
     third_plain_ = !factorable_;
     Buffer outside(rows_);
     parallel(team, rows_, [&](int j, int) {
-      float* row = third_.get() + j * hidden_ * columns_;
+      float* row = third_.get() + j * hidden_ * b_stride_;
       first_product(2, j, bias, row);
-      outside.get()[j] = !within_range(row, hidden_ * columns_);
+      outside.get()[j] = !within_range(row, hidden_ * b_stride_);
     });
     for (int j = 0; j < rows_; ++j) third_plain_ |= outside.get()[j] != 0;
     if (!third_plain_)
       parallel(team, rows_, [&](int j, int) {
-        exponentiate(third_.get() + j * hidden_ * columns_, hidden_ * columns_);
+        exponentiate(third_.get() + j * hidden_ * b_stride_, hidden_ * b_stride_);
       });
   }
 
@@ -262,9 +284,9 @@ class Field {
     SliceMemory& m = slices_[thread];
     if (prepare(i, m)) {
       const float bias = field_.mlp.biases[1][0];
-      (three_ ? factored_slice<true> : factored_slice<false>)(
-          m.a, padded(rows_), m.b, third_.get(), scaled_weight_.get(), hidden_, bias, out, rows_,
-          columns_);
+      (three_ ? factored_slice<true> : factored_slice<false>)(m.a, a_stride_, m.b, b_stride_,
+                                                              third_.get(), scaled_weight_.get(),
+                                                              hidden_, bias, out, rows_, columns_);
     } else {
       BlockMlp mlp(field_.mlp, nullptr, m.mlp);
       each_block(m, mlp, [&](int j, int64_t k, int count) {
@@ -290,16 +312,17 @@ class Field {
     float* partial = field_.gradients.weights ? partials_.group(group) : nullptr;
     float* d_c = three_ ? third_gradient_.get() + group * third_floats() : nullptr;
     if (three_ && fresh_group) std::memset(d_c, 0, 4 * third_floats());
-    const int64_t a_stride = padded(rows_);
-    std::memset(m.d_a, 0, 4 * hidden_ * a_stride);
+    std::memset(m.d_a, 0, 4 * hidden_ * a_stride_);
+    std::memset(m.d_b, 0, 4 * hidden_ * b_stride_);
     if (prepare(i, m)) {
-      const auto run = three_ ? (partial ? factored_gradient_slice<true, true> : factored_gradient_slice<true, false>)
-                              : (partial ? factored_gradient_slice<false, true> : factored_gradient_slice<false, false>);
-      run(m.a, a_stride, m.b, third_.get(), field_.mlp.weights[1], hidden_, g, rows_, columns_,
-          m.d_a, m.d_b, d_c, partial ? partial + layout_.weight[1] : nullptr);
+      const auto run = three_ ? (partial ? factored_gradient_slice<true, true>
+                                         : factored_gradient_slice<true, false>)
+                              : (partial ? factored_gradient_slice<false, true>
+                                         : factored_gradient_slice<false, false>);
+      run(m.a, a_stride_, m.b, b_stride_, third_.get(), field_.mlp.weights[1], hidden_, g, rows_,
+          columns_, m.d_a, m.d_b, d_c, partial ? partial + layout_.weight[1] : nullptr);
       if (partial) partial[layout_.bias[1]] += row_sum(g, slice_floats());
     } else {
-      std::memset(m.d_b, 0, 4 * hidden_ * columns_);
       BlockMlp mlp(field_.mlp, transposed_.layers(), m.mlp);
       each_block(m, mlp, [&](int j, int64_t k, int count) {
         mlp.forward(count);
@@ -310,13 +333,13 @@ class Field {
           for (int64_t at = 0; at < padded(count); at += kLanes) {
             const vf value = load(d + h * kBlock + at);
             total += value;
-            float* p = m.d_b + h * columns_ + k + at;
+            float* p = m.d_b + h * b_stride_ + k + at;
             store(p, load(p) + value);
             if (!three_) continue;
-            p = d_c + (j * hidden_ + h) * columns_ + k + at;
+            p = d_c + (j * hidden_ + h) * b_stride_ + k + at;
             store(p, load(p) + value);
           }
-          m.d_a[h * a_stride + j] += sum(total);
+          m.d_a[h * a_stride_ + j] += sum(total);
         }
       });
     }
@@ -334,9 +357,10 @@ class Field {
       // The third table's rows are spread over the groups as the slices are.
       parallel(team, groups_, [&](int group, int thread) {
         float* partial = field_.gradients.weights ? partials_.group(group) : nullptr;
-        const int64_t row = hidden_ * columns_;
+        const int64_t row = hidden_ * b_stride_;
         const int end = static_cast<int>(static_cast<int64_t>(rows_) * (group + 1) / groups_);
-        for (int j = static_cast<int>(static_cast<int64_t>(rows_) * group / groups_); j < end; ++j) {
+        for (int j = static_cast<int>(static_cast<int64_t>(rows_) * group / groups_); j < end;
+             ++j) {
           float* total = third_gradient_.get() + j * row;
           for (int other = 1; other < groups_; ++other)
             for (int64_t at = 0; at < row; at += kLanes)
@@ -372,7 +396,7 @@ class Field {
     return floats;
   }
 
-  int64_t third_floats() const { return rows_ * hidden_ * columns_; }
+  int64_t third_floats() const { return rows_ * hidden_ * b_stride_; }
 
   // working memory for resampling one channel of a plane
   int64_t image_floats(const GridPlane& plane) const {
@@ -387,7 +411,8 @@ class Field {
   }
 
   float* table_row(int t, int slow, int channel) {
-    return tables_[t].get() + (static_cast<int64_t>(slow) * field_.table_channels[t] + channel) * fast_[t];
+    return tables_[t].get() +
+           (static_cast<int64_t>(slow) * field_.table_channels[t] + channel) * fast_[t];
   }
 
   // Fills one channel of a table: the sum of the planes that have it.
@@ -401,8 +426,8 @@ class Field {
                            static_cast<int64_t>(own) * plane.height * plane.width;
       const int down = count_down(plane), across = count_across(plane);
       const int64_t across_stride = padded(across), width = padded(plane.width);
-      float* rows = memory;                         // [down][width]
-      float* resampled = rows + down * width;       // [padded down][across_stride]
+      float* rows = memory;                    // [down][width]
+      float* resampled = rows + down * width;  // [padded down][across_stride]
       for (int y = 0; y < down; ++y) {
         const float* low = image + static_cast<int64_t>(plane.down.low[y]) * plane.width;
         const float* high = image + static_cast<int64_t>(plane.down.high[y]) * plane.width;
@@ -526,11 +551,10 @@ class Field {
   // visit(j, k, count) for each.
   template <class Visit>
   void each_block(SliceMemory& m, BlockMlp& mlp, const Visit& visit) {
-    const int64_t a_stride = padded(rows_);
     for (int j = 0; j < rows_; ++j) {
       const float* c = nullptr;
       if (three_ && third_plain_) {
-        c = third_.get() + j * hidden_ * columns_;
+        c = third_.get() + j * hidden_ * b_stride_;
       } else if (three_) {  // the table was replaced by its exponentials
         first_product(2, j, biased_ == 2 ? field_.mlp.biases[0] : nullptr, m.c);
         c = m.c;
@@ -539,8 +563,8 @@ class Field {
         const int count = static_cast<int>(lesser<int64_t>(kBlock, field_.shape[2] - k));
         for (int h = 0; h < hidden_; ++h)
           for (int64_t at = 0; at < padded(count); at += kLanes) {
-            vf value = load(m.b + h * columns_ + k + at) + m.a[h * a_stride + j];
-            if (c) value += load(c + h * columns_ + k + at);
+            vf value = load(m.b + h * b_stride_ + k + at) + m.a[h * a_stride_ + j];
+            if (c) value += load(c + h * b_stride_ + k + at);
             store(mlp.first() + h * kBlock + at, value);
           }
         visit(j, k, count);
@@ -550,7 +574,8 @@ class Field {
 
   const GridField& field_;
   const int hidden_, rows_;
-  const int64_t columns_;
+  const int64_t columns_;              // of a slice
+  const int64_t a_stride_, b_stride_;  // of the first and second table's slices, and the third's
   const bool three_;
   const int groups_;
   const bool factorable_;
@@ -573,14 +598,16 @@ class Field {
 // [rows][columns] to [rows][padded], the rest 0, and back.
 void pad_rows(float* out, int64_t out_stride, const float* in, int rows, int columns) {
   for (int row = 0; row < rows; ++row) {
-    std::memcpy(out + row * out_stride, in + static_cast<int64_t>(row) * columns, 4 * static_cast<size_t>(columns));
+    std::memcpy(out + row * out_stride, in + static_cast<int64_t>(row) * columns,
+                4 * static_cast<size_t>(columns));
     std::memset(out + row * out_stride + columns, 0, 4 * (out_stride - columns));
   }
 }
 
 void unpad_rows(float* out, const float* in, int64_t in_stride, int rows, int columns) {
   for (int row = 0; row < rows; ++row)
-    std::memcpy(out + static_cast<int64_t>(row) * columns, in + row * in_stride, 4 * static_cast<size_t>(columns));
+    std::memcpy(out + static_cast<int64_t>(row) * columns, in + row * in_stride,
+                4 * static_cast<size_t>(columns));
 }
 
 int64_t voxels(const GridField& field) {
@@ -683,8 +710,7 @@ void density_grid_loss_backward(const GridField& field, const GridField* target,
                                 const float* volume, Difference kind, const float* d_loss,
                                 float* d_volume, Team& team) {
   const bool needs_ours = field.planes[0].gradient || field.gradients.weights;
-  const bool needs_theirs =
-      target && (target->planes[0].gradient || target->gradients.weights);
+  const bool needs_theirs = target && (target->planes[0].gradient || target->gradients.weights);
   Field work(field, team.threads(), needs_ours);
   const OptionalField other(target, team.threads(), needs_theirs);
   const int64_t floats = work.slice_floats();

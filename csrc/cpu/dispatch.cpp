@@ -5,12 +5,15 @@
 namespace densityrl {
 namespace {
 
-#define DENSITYRL_TABLE(ISA, NAME, RUNS)                                        \
-  {                                                                             \
-    NAME, [] { return bool(RUNS); }, ISA::density_grid, ISA::density_grid_backward, \
-        ISA::density_grid_loss, ISA::density_grid_loss_backward, ISA::points,   \
-        ISA::points_backward                                                    \
-  }
+#define DENSITYRL_TABLE(ISA, NAME, RUNS) \
+  {NAME,                                 \
+   [] { return bool(RUNS); },            \
+   ISA::density_grid,                    \
+   ISA::density_grid_backward,           \
+   ISA::density_grid_loss,               \
+   ISA::density_grid_loss_backward,      \
+   ISA::points,                          \
+   ISA::points_backward}
 
 const Kernels kVariants[] = {
 #if defined(__x86_64__)

@@ -89,19 +89,18 @@ struct PointField {
 class Team;
 
 // The functions that are compiled once for every instruction set.
-#define DENSITYRL_KERNELS                                                                       \
-  /* sigma [B][X][Y][Z] */                                                                      \
-  void density_grid(const GridField&, float* sigma, Team&);                                     \
-  void density_grid_backward(const GridField&, const float* d_sigma, const float* sigma, Team&); \
-  /* loss [B]; the target is a second field, or a volume where that is null */                  \
-  void density_grid_loss(const GridField&, const GridField* target, const float* volume,        \
-                         Difference, float* loss, Team&);                                       \
-  void density_grid_loss_backward(const GridField&, const GridField* target,                    \
-                                  const float* volume, Difference, const float* d_loss,         \
-                                  float* d_volume, Team&);                                      \
-  /* sigma [B][M], features [B][M][rows - 1]; or, without layers, features [B][M][C'] */        \
-  void points(const PointField&, float* sigma, float* features, Team&);                         \
-  void points_backward(const PointField&, const float* d_sigma, const float* sigma,             \
+#define DENSITYRL_KERNELS                                                                         \
+  /* sigma [B][X][Y][Z] */                                                                        \
+  void density_grid(const GridField&, float* sigma, Team&);                                       \
+  void density_grid_backward(const GridField&, const float* d_sigma, const float* sigma, Team&);  \
+  /* loss [B]; the target is a second field, or a volume where that is null */                    \
+  void density_grid_loss(const GridField&, const GridField* target, const float* volume,          \
+                         Difference, float* loss, Team&);                                         \
+  void density_grid_loss_backward(const GridField&, const GridField* target, const float* volume, \
+                                  Difference, const float* d_loss, float* d_volume, Team&);       \
+  /* sigma [B][M], features [B][M][rows - 1]; or, without layers, features [B][M][C'] */          \
+  void points(const PointField&, float* sigma, float* features, Team&);                           \
+  void points_backward(const PointField&, const float* d_sigma, const float* sigma,               \
                        const float* d_features, Team&);
 
 namespace baseline {

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kChunk = 1 << 16;  // points whose feature gradients are held at a time
 constexpr int kChunkGroups = 32;
-constexpr int kAhead = 8;  // points whose pixels are asked for in advance
+constexpr int kAhead = 8;  // points that are asked for in advance
 
 // Where a block of points falls on one axis of an image: two pixels, their weights, and whether
 // they count, times the derivative of the pixel coordinate by the world coordinate.
@@ -138,8 +138,10 @@ class Work {
     each_row(team, [&](int p, int y) {
       const PointPlane& plane = field_.planes[p];
       const int64_t size = static_cast<int64_t>(plane.height) * plane.width;
-      const float* in = plane.data + sample * plane.batch_stride + static_cast<int64_t>(y) * plane.width;
-      to_channels_last(image(images_, p) + static_cast<int64_t>(y) * plane.width * pixel_, in, size, plane.width);
+      const float* in =
+          plane.data + sample * plane.batch_stride + static_cast<int64_t>(y) * plane.width;
+      to_channels_last(image(images_, p) + static_cast<int64_t>(y) * plane.width * pixel_, in, size,
+                       plane.width);
     });
     if (image_gradients_.get())
       each_row(team, [&](int p, int y) {
@@ -173,7 +175,8 @@ class Work {
     each_row(team, [&](int p, int y) {
       const PointPlane& plane = field_.planes[p];
       const int64_t size = static_cast<int64_t>(plane.height) * plane.width;
-      float* out = plane.gradient + sample * plane.gradient_stride + static_cast<int64_t>(y) * plane.width;
+      float* out =
+          plane.gradient + sample * plane.gradient_stride + static_cast<int64_t>(y) * plane.width;
       const float* in = image(image_gradients_, p) + static_cast<int64_t>(y) * plane.width * pixel_;
       from_channels_last(out, size, in, plane.width);
     });
@@ -197,7 +200,9 @@ class Work {
     return static_cast<T*>(aligned_memory(count * static_cast<int64_t>(sizeof(T))));
   }
 
-  float* image(const Buffer& images, int p) const { return images.get() + first_pixel_[p] * pixel_; }
+  float* image(const Buffer& images, int p) const {
+    return images.get() + first_pixel_[p] * pixel_;
+  }
 
   // visit(plane, image row) for every row of every plane
   template <class Visit>
@@ -225,7 +230,8 @@ class Work {
             std::memcpy(tile + r * kPad, from + r * size, 4 * static_cast<size_t>(columns));
           from = tile, from_stride = kPad;
         }
-        transpose(out + static_cast<int64_t>(x) * pixel_ + c, pixel_, from, from_stride, rows, columns);
+        transpose(out + static_cast<int64_t>(x) * pixel_ + c, pixel_, from, from_stride, rows,
+                  columns);
       }
     }
   }
@@ -237,15 +243,16 @@ class Work {
         const int rows = lesser(width - x, kPad), columns = lesser(field_.channels - c, kPad);
         transpose(tile, kPad, in + static_cast<int64_t>(x) * pixel_ + c, pixel_, rows, columns);
         for (int channel = 0; channel < columns; ++channel)
-          std::memcpy(out + (c + channel) * size + x, tile + channel * kPad, 4 * static_cast<size_t>(rows));
+          std::memcpy(out + (c + channel) * size + x, tile + channel * kPad,
+                      4 * static_cast<size_t>(rows));
       }
   }
 
   struct ThreadMemory {
     float *lookups, *d_lookups, *spare;  // [kBlock][lookup_stride], one row a point
-    float *features;                     // [stride][kBlock]
-    float *rows;                         // [kBlock][stride]: the features, a row a point
-    float *mlp;
+    float* features;                     // [stride][kBlock]
+    float* rows;                         // [kBlock][stride]: the features, a row a point
+    float* mlp;
     PlaneTaps* taps;
   };
 
@@ -284,16 +291,7 @@ class Work {
       const AxisTaps &across = m.taps[p].across, &down = m.taps[p].down;
       const int64_t width = field_.planes[p].width;
       const bool add = p && field_.combine == Combine::sum;
-      const auto fetch = [&](int n) {  // the two pixels of a row are neighbours
-        const int64_t first = across.low[n] * pixel_;
-        for (int64_t c = 0; c < 2 * pixel_; c += 16) {
-          __builtin_prefetch(pixels + down.low[n] * width * pixel_ + first + c);
-          __builtin_prefetch(pixels + down.high[n] * width * pixel_ + first + c);
-        }
-      };
-      for (int n = 0; n < kAhead; ++n) fetch(n);
       for (int n = 0; n < kBlock; ++n) {
-        if (n + kAhead < kBlock) fetch(n + kAhead);
         const float* low_row = pixels + down.low[n] * width * pixel_;
         const float* high_row = pixels + down.high[n] * width * pixel_;
         const int64_t low = across.low[n] * pixel_, high = across.high[n] * pixel_;
@@ -338,7 +336,8 @@ class Work {
       for (int n = 0; n < count; ++n)
         for (int part = 0; part < parts; ++part)
           std::memcpy(features + ((at + n) * parts + part) * field_.channels,
-                      m.rows + n * stride_ + part * pixel_, 4 * static_cast<size_t>(field_.channels));
+                      m.rows + n * stride_ + part * pixel_,
+                      4 * static_cast<size_t>(field_.channels));
       return;
     }
     BlockMlp mlp(field_.mlp, nullptr, m.mlp);
@@ -455,7 +454,8 @@ class Work {
             across.weight_low[n] * (down.slope_low[n] * d00 + down.slope_high[n] * d10) +
             across.weight_high[n] * (down.slope_low[n] * d01 + down.slope_high[n] * d11);
       }
-      for (int axis = 0; axis < 3; ++axis) field_.points_gradient[3 * (at + n) + axis] = d_point[axis];
+      for (int axis = 0; axis < 3; ++axis)
+        field_.points_gradient[3 * (at + n) + axis] = d_point[axis];
     }
   }
 
@@ -488,7 +488,8 @@ class Work {
       const Corner* corners = corners_ + static_cast<int64_t>(p) * kChunk;
       const int32_t* end = row_begin_ + first_row_[p];
       const int32_t* order = order_ + static_cast<int64_t>(p) * 2 * kChunk;
-      float* row = image(image_gradients_, p) + static_cast<int64_t>(y) * field_.planes[p].width * pixel_;
+      float* row =
+          image(image_gradients_, p) + static_cast<int64_t>(y) * field_.planes[p].width * pixel_;
       for (int32_t at = y ? end[y - 1] : 0; at < end[y]; ++at) {
         if (at + kAhead < end[y]) {
           const int next = order[at + kAhead] >> 1;

@@ -32,9 +32,13 @@ typedef vf vf_anywhere __attribute__((aligned(4), may_alias));
 
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 template <class T>
-constexpr T lesser(T a, T b) { return b < a ? b : a; }
+constexpr T lesser(T a, T b) {
+  return b < a ? b : a;
+}
 template <class T>
-constexpr T greater(T a, T b) { return a < b ? b : a; }
+constexpr T greater(T a, T b) {
+  return a < b ? b : a;
+}
 
 inline vf load(const float* p) { return *reinterpret_cast<const vf_anywhere*>(p); }
 inline void store(float* p, vf v) { *reinterpret_cast<vf_anywhere*>(p) = v; }
@@ -87,21 +91,70 @@ inline SplitLog split_1p(vf u) {
   return {u * inverse_power + (inverse_power - 1.0f), exponent};
 }
 
-// 2^23 log2(1 + u): the scale lets the exponent stay where it is in the bits. log2(1 + r) / r is a
-// polynomial of degree 7 with a relative error of 1.7e-7 (3.2e-7 with rounding).
+// 2^23 log2(1 + u): the scale lets the exponent stay where it is in the bits.
 constexpr float kLog2Scale = 8388608.0f;
-inline vf scaled_log2_1p(vf u) {
-  const SplitLog s = split_1p(u);
-  vf q = splat(-0.14581282436847687f * kLog2Scale);
-  q = q * s.r + 0.23404328525066376f * kLog2Scale;
-  q = q * s.r + -0.24887681007385254f * kLog2Scale;
-  q = q * s.r + 0.28709855675697327f * kLog2Scale;
-  q = q * s.r + -0.3602396249771118f * kLog2Scale;
-  q = q * s.r + 0.48092323541641235f * kLog2Scale;
-  q = q * s.r + -0.7213528156280518f * kLog2Scale;
-  q = q * s.r + 1.442694902420044f * kLog2Scale;
-  return q * s.r + __builtin_convertvector(s.exponent, vf);
+
+#if DENSITYRL_LANES == 16
+// With AVX-512 a table of 32 entries fits in registers: 1 + u = 2^e (1 + r) / c, c about
+// 1 / (1 + i / 32), |r| <= 1 / 64, and log2(1 + r) / r is a polynomial of degree 2 with a relative
+// error of 2.4e-7. Five multiplications fewer than the polynomial alone; with rounding the error
+// is 3.4e-7 relative for small u, 1.5e-7 from u = 0.1 on.
+alignas(64) constexpr float kLog2C[32] = {
+    32 / 32.f, 32 / 33.f, 32 / 34.f, 32 / 35.f, 32 / 36.f, 32 / 37.f, 32 / 38.f, 32 / 39.f,
+    32 / 40.f, 32 / 41.f, 32 / 42.f, 32 / 43.f, 32 / 44.f, 32 / 45.f, 32 / 46.f, 32 / 47.f,
+    32 / 48.f, 32 / 49.f, 32 / 50.f, 32 / 51.f, 32 / 52.f, 32 / 53.f, 32 / 54.f, 32 / 55.f,
+    32 / 56.f, 32 / 57.f, 32 / 58.f, 32 / 59.f, 32 / 60.f, 32 / 61.f, 32 / 62.f, 32 / 63.f};
+// -2^23 log2 c
+alignas(64) constexpr float kMinusLog2C[32] = {
+    0,           372404.5f,  733691.438f, 1084504.5f,  1425434.12f, 1757021.88f, 2079766.62f,
+    2394127.25f, 2700528.5f, 2999364.f,   3290996.75f, 3575768.f,   3853991.5f,  4125962.5f,
+    4391956.f,   4652229.f,  4907021.f,   5156560.f,   5401057.5f,  5640712.f,   5875714.f,
+    6106239.f,   6332455.f,  6554520.5f,  6772583.5f,  6986787.5f,  7197266.5f,  7404146.5f,
+    7607549.f,   7807591.5f, 8004379.f,   8198017.5f};
+
+inline vf look_up(const float* table, vi index) {
+  return (vf)_mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)index,
+                                    _mm512_load_ps(table + 16));
 }
+
+// N at once, step by step: a scheduler of the processor sees 64 instructions, and with the whole
+// of one logarithm after the other there would be too few in it that do not wait.
+template <int N>
+inline void scaled_log2_1p(const vf (&u)[N], vf (&result)[N]) {
+  vi bits[N], exponent[N];
+  vf factor[N], r[N], q[N];
+  for (int n = 0; n < N; ++n) bits[n] = (vi)(u[n] + 1.0f);
+  // less 1, and half an entry more
+  for (int n = 0; n < N; ++n) bits[n] += (1 << 17) - 0x3F800000;
+  for (int n = 0; n < N; ++n) exponent[n] = bits[n] & (int32_t)0xFF800000;
+  for (int n = 0; n < N; ++n) bits[n] >>= 18;  // the lookup reads the lowest five bits
+  for (int n = 0; n < N; ++n) factor[n] = (vf)((vi)look_up(kLog2C, bits[n]) - exponent[n]);
+  for (int n = 0; n < N; ++n) r[n] = u[n] * factor[n] + (factor[n] - 1.0f);
+  for (int n = 0; n < N; ++n)
+    result[n] = look_up(kMinusLog2C, bits[n]) + __builtin_convertvector(exponent[n], vf);
+  for (int n = 0; n < N; ++n)
+    q[n] = r[n] * (0.4809643030166626f * kLog2Scale) + -0.7214135527610779f * kLog2Scale;
+  for (int n = 0; n < N; ++n) q[n] = q[n] * r[n] + 1.4426950216293335f * kLog2Scale;
+  for (int n = 0; n < N; ++n) result[n] = q[n] * r[n] + result[n];
+}
+#else
+// log2(1 + r) / r is a polynomial of degree 7 with a relative error of 1.7e-7 (3.2e-7 with
+// rounding).
+template <int N>
+inline void scaled_log2_1p(const vf (&u)[N], vf (&result)[N]) {
+  constexpr float kFactors[] = {
+      0.23404328525066376f, -0.24887681007385254f, 0.28709855675697327f, -0.3602396249771118f,
+      0.48092323541641235f, -0.7213528156280518f,  1.442694902420044f,
+  };
+  SplitLog s[N];
+  for (int n = 0; n < N; ++n) s[n] = split_1p(u[n]);
+  for (int n = 0; n < N; ++n) result[n] = splat(-0.14581282436847687f * kLog2Scale);
+  for (float factor : kFactors)
+    for (int n = 0; n < N; ++n) result[n] = result[n] * s[n].r + factor * kLog2Scale;
+  for (int n = 0; n < N; ++n)
+    result[n] = result[n] * s[n].r + __builtin_convertvector(s[n].exponent, vf);
+}
+#endif
 
 // ln(1 + u), where no tight loop counts the operations: degree 8, relative error 1.7e-7 with
 // rounding.
@@ -165,8 +218,7 @@ inline Activated activate(vf x) {
   const vf r = reciprocal(u + 1.0f);
   const vf sigmoid = x < 0.0f ? u * r : r;
   const vf poisoned = x * 0.0f;  // a NaN must not be lost in the comparisons
-  if (hidden == Hidden::silu)
-    return {x * sigmoid, sigmoid * (x * (1.0f - sigmoid) + 1.0f)};
+  if (hidden == Hidden::silu) return {x * sigmoid, sigmoid * (x * (1.0f - sigmoid) + 1.0f)};
   return {maximum(x, vf{}) + log_1p(u), sigmoid + poisoned};
 }
 
@@ -233,11 +285,12 @@ class Buffer {
 // body(task, thread) for every task; body is any callable.
 template <class Body>
 void parallel(Team& team, int64_t tasks, const Body& body) {
-  team.run(static_cast<int>(tasks),
-           [](void* context, int task, int thread) {
-             (*static_cast<const Body*>(context))(task, thread);
-           },
-           const_cast<Body*>(&body));
+  team.run(
+      static_cast<int>(tasks),
+      [](void* context, int task, int thread) {
+        (*static_cast<const Body*>(context))(task, thread);
+      },
+      const_cast<Body*>(&body));
 }
 
 }  // namespace DENSITYRL_ISA

@@ -2,12 +2,11 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
 #include <mutex>
 #include <new>
 #include <thread>
 #include <vector>
-
-#include <cstdlib>
 
 #if defined(__linux__)
 #include <sys/mman.h>

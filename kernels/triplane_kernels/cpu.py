@@ -27,7 +27,6 @@ from triplane_kernels.reference import Taps
 try:
     from triplane_kernels import _cpu
 except ImportError as error:
-    _cpu = None
     _missing = f"the C++ extension is not there ({error}); reinstall with a C++17 compiler"
 else:
     _missing = ""
@@ -91,8 +90,10 @@ def radiance_backward(
     needs: Needs,
 ) -> Gradients:
     call = _Points(field.planes, field.decoder, points, layout, needs)
-    tensors = [tensor.contiguous() for tensor in (d_sigma, sigma, d_features)]
-    _cpu.points_backward(call.field, *(tensor.data_ptr() for tensor in tensors), call.threads)
+    d_sigma, sigma, d_features = (t.contiguous() for t in (d_sigma, sigma, d_features))
+    _cpu.points_backward(
+        call.field, d_sigma.data_ptr(), sigma.data_ptr(), d_features.data_ptr(), call.threads
+    )
     return call.gradients()
 
 
@@ -193,7 +194,12 @@ def density_grid_loss(
     volume = torch.empty(0) if isinstance(target, Field) else target.contiguous()
     loss = torch.empty(call.batch)
     _cpu.density_grid_loss(
-        call.field, other and other.field, volume.data_ptr(), kind, loss.data_ptr(), call.threads
+        call.field,
+        None if other is None else other.field,
+        volume.data_ptr(),
+        kind,
+        loss.data_ptr(),
+        call.threads,
     )
     return loss
 
@@ -215,7 +221,7 @@ def density_grid_loss_backward(
     d_loss = d_loss.contiguous()
     _cpu.density_grid_loss_backward(
         call.field,
-        other and other.field,
+        None if other is None else other.field,
         volume.data_ptr(),
         kind,
         d_loss.data_ptr(),

@@ -191,13 +191,13 @@ class Operation:
     def _run_backward(
         self, d_outputs: Sequence[Tensor], outputs: Sequence[Tensor], *arguments: Any
     ) -> list[Tensor]:
-        *arguments, needs = arguments
-        groups, settings, backend = self._split(arguments)
+        groups, settings, backend = self._split(arguments[:-1])
+        needs = arguments[-1]
         return self.backward(_module(backend), d_outputs, outputs, groups, settings, needs)
 
     def _fake_backward(self, d_outputs: Any, outputs: Any, *arguments: Any) -> list[Tensor]:
-        *arguments, needs = arguments
-        groups, _, _ = self._split(arguments)
+        groups, _, _ = self._split(arguments[:-1])
+        needs = arguments[-1]
         asked = [t for group, need in zip(groups, needs, strict=True) if need for t in group]
         return [tensor.new_empty(tensor.shape) for tensor in asked]
 
@@ -241,8 +241,9 @@ class Operation:
                     (d_outputs, *inputs), (saved_d_outputs, *groups), strict=True
                 )
             ]
+            given = [(f, g) for f, g in zip(first, dd, strict=True) if g is not None]
             second = torch.autograd.grad(
-                sum((f * g).sum() for f, g in zip(first, dd, strict=True) if g is not None),
+                torch.stack([(f * g).sum() for f, g in given]).sum(),
                 [alias for group in wanted for alias in group if alias is not None],
                 create_graph=create_graph,
                 materialize_grads=True,
@@ -339,7 +340,8 @@ def _radiance_backward(
 ) -> list[Tensor]:
     hidden, output, *layout = settings
     gradients = backend.radiance_backward(
-        *d_outputs,
+        d_outputs[0],
+        d_outputs[1],
         outputs[0],
         _field(groups[:3], hidden, output),
         groups[3][0],
