@@ -53,7 +53,8 @@ step build 90 "$PYTHON" setup.py build_ext --inplace
 step tests 150 "$PYTHON" -m pytest -m gpu --require-gpu "${gpu_tests[@]}"
 step bench 190 "$PYTHON" -m pytest bench --bench-device cuda --bench-full --bench-save \
     --bench-results "$OUT" --bench-table "$OUT/table.md" "${commit[@]}"
+step tune 60 "$PYTHON" bench/tune.py --json "$OUT/tiles.json"
 step roofline 30 "$PYTHON" bench/roofline.py
 
-echo "gpu.sh: $failed of 4 steps failed; logs and results in $OUT"
+echo "gpu.sh: $failed of 5 steps failed; logs and results in $OUT"
 exit "$failed"

@@ -1,7 +1,8 @@
 """How fast the device could be at best: the time that the fewest operations take.
 
-CPU    every vector instruction goes through the pipes that fused multiply-adds use; their rate is
-       measured, as that of a matrix product in float32 on the same threads in the same run.
+CPU    1024 bits of vector operations a cycle and thread (two of AVX-512, four of AVX2 on current
+       x86-64 servers), at the clock that the extension measures in the same run. What the inner
+       loops need is counted, loads and stores left out.
 GPU    grids: the special-function unit, one logarithm a (voxel, hidden unit) in the factored form
        and one reciprocal each for the two gradients. Points: the bytes of the looked-up corners
        over the path that fills the L1 caches from L2.
@@ -12,7 +13,6 @@ Rates of a GPU are from its multiprocessor count and its highest clock.
 from __future__ import annotations
 
 import subprocess
-import time
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +20,17 @@ from problem import CHANNELS, HIDDEN, Case
 
 from triplane_kernels import EG3D, Grid
 
-# CPU, operations in a lane of the vector unit a (voxel, hidden unit): what the C++ kernel's inner
-# loops need in the factored form, a polynomial logarithm in the forward and a division and the
-# sums of the gradients in the backward.
-CPU_GRID_FORWARD = 10
-CPU_GRID_BACKWARD = 16
-# The same for the activation of a point's hidden unit, which has no factored form.
-CPU_POINT_SOFTPLUS = 20
-CPU_POINT_SIGMOID = 12
+CPU_LANE_OPERATIONS = 32  # a cycle and thread
+
+# CPU, operations in a lane of a vector for a (voxel, hidden unit), as the C++ kernels' AVX-512 inner
+# loops have them (scaled_log2_1p in csrc/cpu/simd.h): product of the exponentials, 14 for the
+# logarithm, sum; in the backward the reciprocal (4) and seven for the sums of the gradients more.
+CPU_GRID_FORWARD = 16
+CPU_GRID_BACKWARD = 23
+# The same for the activation of a point's hidden unit, which has no factored form: an exponential,
+# a logarithm, and in the backward a reciprocal.
+CPU_POINT_SOFTPLUS = 33
+CPU_POINT_SIGMOID = 6
 
 # GPU, special-function operations a (voxel, hidden unit).
 GPU_GRID_FORWARD = 1
@@ -50,7 +53,7 @@ class Ceilings:
     @classmethod
     def of(cls, device: str) -> Ceilings:
         if device == "cpu":
-            return cls(vector_lane_operations=_fused_multiply_adds())
+            return cls(vector_lane_operations=_cpu_lane_operations())
         clock = _highest_clock_hz()
         if clock is None:
             return cls()
@@ -99,18 +102,13 @@ def gpu_gathered_bytes(case: Case) -> float:
     return case.points * (2 * read + added if case.backward else read)
 
 
-def _fused_multiply_adds(size: int = 512, seconds: float = 0.5) -> float:
-    """The best rate seen of fused multiply-adds in float32, a second, on torch's threads.
-
-    512: the three matrices stay in the cache, so that arithmetic is all that is timed.
-    """
-    a, b = torch.rand(size, size), torch.rand(size, size)
-    out = a @ b
-    best, end = 0.0, time.perf_counter() + seconds
-    while (start := time.perf_counter()) < end:
-        torch.mm(a, b, out=out)
-        best = max(best, size**3 / (time.perf_counter() - start))
-    return best
+def _cpu_lane_operations() -> float | None:
+    """Of torch's threads together, a second; None without the extension."""
+    try:
+        from triplane_kernels._cpu import measured_clock
+    except ImportError:
+        return None
+    return measured_clock() * CPU_LANE_OPERATIONS * torch.get_num_threads()
 
 
 def _highest_clock_hz() -> float | None:

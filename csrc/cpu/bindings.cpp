@@ -135,6 +135,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of triplane_kernels. Arrays are addresses of contiguous float32.";
   m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
   m.def("runnable_isas", &runnable_isas, "What this processor and build run, best first.");
+  m.def("measured_clock", &measured_clock, "Of this thread's processor now, in Hz.");
   m.def("use_isa", &use_isa, py::arg("isa"));
 
   py::class_<Taps>(m, "Taps").def(

@@ -632,15 +632,16 @@ class OptionalField {
 
 void density_grid(const GridField& field, float* sigma, Team& team) {
   Field work(field, team.threads(), false);
-  Buffer slices(team.threads() * work.slice_floats());
+  const bool unpadded = work.columns() == field.shape[2];  // then slices lie as in the volume
+  Buffer slices(unpadded ? 0 : team.threads() * work.slice_floats());
   const int64_t slice_voxels = static_cast<int64_t>(field.shape[1]) * field.shape[2];
   for (int sample = 0; sample < field.batch; ++sample) {
     work.tabulate(sample, team);
     parallel(team, field.shape[0], [&](int i, int thread) {
-      float* slice = slices.get() + thread * work.slice_floats();
+      float* out = sigma + sample * voxels(field) + i * slice_voxels;
+      float* slice = unpadded ? out : slices.get() + thread * work.slice_floats();
       work.slice(i, slice, thread);
-      unpad_rows(sigma + sample * voxels(field) + i * slice_voxels, slice, work.columns(),
-                 field.shape[1], field.shape[2]);
+      if (!unpadded) unpad_rows(out, slice, work.columns(), field.shape[1], field.shape[2]);
     });
   }
 }

@@ -1,5 +1,7 @@
 #include "dispatch.h"
 
+#include <chrono>
+#include <cstdint>
 #include <stdexcept>
 
 namespace densityrl {
@@ -59,6 +61,29 @@ void use_isa(const std::string& isa) {
     known += std::string(known.empty() ? "" : ", ") + variant.isa;
   }
   throw std::invalid_argument("This processor and build run " + known + ", not '" + isa + "'.");
+}
+
+double measured_clock() {
+  // A xorshift step is three shifts and three exclusive ors, one after the other, and each of them
+  // takes one cycle on every processor that the kernels are compiled for.
+  constexpr int kSteps = 1 << 20, kCyclesPerStep = 6;
+  volatile std::uint64_t sink;
+  double best = 0;
+  for (int attempt = 0; attempt < 8; ++attempt) {
+    std::uint64_t x = 88172645463325252u + static_cast<std::uint64_t>(attempt);
+    const auto start = std::chrono::steady_clock::now();
+    for (int step = 0; step < kSteps; ++step) {
+      x ^= x << 13;
+      x ^= x >> 7;
+      x ^= x << 17;
+    }
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    sink = x;
+    const double clock = kSteps * double(kCyclesPerStep) / seconds.count();
+    if (clock > best) best = clock;
+  }
+  (void)sink;
+  return best;
 }
 
 }  // namespace densityrl

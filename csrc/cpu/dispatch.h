@@ -28,4 +28,8 @@ const Kernels& kernels();
 // Throws std::invalid_argument for a name that runnable_isas does not list.
 void use_isa(const std::string& isa);
 
+// The clock that this thread's processor runs at now, in Hz: times steps that each wait for the one
+// before, for some 10 ms.
+double measured_clock();
+
 }  // namespace densityrl

@@ -6,6 +6,9 @@
 // feature, then the scatter into the planes, in which every image row has one owner that visits
 // its points in their order. So no atomics are needed, and the sum does not depend on the number
 // of threads.
+//
+// Many points are first sorted by the axis that most planes have: neighbours in that order look up
+// neighbouring columns or rows, which stay in the cache, wherever else they lie.
 
 #include "blocks.h"
 
@@ -15,7 +18,11 @@ namespace {
 
 constexpr int kChunk = 1 << 16;  // points whose feature gradients are held at a time
 constexpr int kChunkGroups = 32;
-constexpr int kAhead = 8;  // points that are asked for in advance
+constexpr int kBins = 256;  // of the sort
+constexpr int kSortTasks = 32;
+constexpr int64_t kFewPoints = 1 << 15;    // are not sorted,
+constexpr int64_t kSmallImages = 1 << 18;  // nor are points in images that a cache holds: floats
+constexpr int kAhead = 8;                  // points that are asked for in advance
 
 // Where a block of points falls on one axis of an image: two pixels, their weights, and whether
 // they count, times the derivative of the pixel coordinate by the world coordinate.
@@ -91,6 +98,12 @@ class Work {
       pixels += static_cast<int64_t>(field.planes[p].height) * field.planes[p].width;
     }
     images_.allocate(pixels * pixel_);
+    sorted_ = field.count >= kFewPoints && pixels * pixel_ > kSmallImages;
+    if (sorted_) {
+      sorted_points_.allocate(3 * field.count);
+      position_ = allocate<int64_t>(field.count);
+      bins_ = allocate<int64_t>(kSortTasks * kBins);
+    }
     if (backward && field.planes[0].gradient) {
       image_gradients_.allocate(pixels * pixel_);
       corners_ = allocate<Corner>(static_cast<int64_t>(field.plane_count) * kChunk);
@@ -125,6 +138,8 @@ class Work {
     taps_ = allocate<PlaneTaps>(static_cast<int64_t>(threads) * field.plane_count);
   }
   ~Work() {
+    std::free(position_);
+    std::free(bins_);
     std::free(taps_);
     std::free(corners_);
     std::free(row_begin_);
@@ -133,8 +148,9 @@ class Work {
   Work(const Work&) = delete;
   Work& operator=(const Work&) = delete;
 
-  // Copies one sample's planes to channels-last.
+  // Copies one sample's planes to channels-last, and sorts its points.
   void start_sample(int sample, Team& team) {
+    if (sorted_) sort(field_.points + sample * field_.points_stride, team);
     each_row(team, [&](int p, int y) {
       const PointPlane& plane = field_.planes[p];
       const int64_t size = static_cast<int64_t>(plane.height) * plane.width;
@@ -269,10 +285,55 @@ class Work {
     return m;
   }
 
+  // A counting sort, stable, by position along one axis: fills sorted_points_ and position_.
+  void sort(const float* points, Team& team) {
+    int planes_with[3] = {}, axis = 0;
+    float extent[3] = {1, 1, 1};
+    for (int p = 0; p < field_.plane_count; ++p) {
+      const PointPlane& plane = field_.planes[p];
+      ++planes_with[plane.axis_across], ++planes_with[plane.axis_down];
+      extent[plane.axis_across] = plane.extent_across;
+      extent[plane.axis_down] = plane.extent_down;
+    }
+    for (int other = 1; other < 3; ++other)
+      if (planes_with[other] > planes_with[axis]) axis = other;
+    const float scale = kBins / extent[axis];
+    const auto bin = [&](int64_t n) {
+      const float at = points[3 * n + axis] * scale + kBins / 2;
+      return at >= 0 ? (at < kBins ? static_cast<int>(at) : kBins - 1) : 0;  // a NaN goes first
+    };
+    const auto share = [&](int task) { return field_.count * task / kSortTasks; };
+    parallel(team, kSortTasks, [&](int task, int) {
+      int64_t* counts = bins_ + task * kBins;
+      std::memset(counts, 0, sizeof(int64_t) * kBins);
+      for (int64_t n = share(task); n < share(task + 1); ++n) ++counts[bin(n)];
+    });
+    int64_t total = 0;
+    for (int b = 0; b < kBins; ++b)
+      for (int task = 0; task < kSortTasks; ++task) {
+        const int64_t own = bins_[task * kBins + b];
+        bins_[task * kBins + b] = total;
+        total += own;
+      }
+    parallel(team, kSortTasks, [&](int task, int) {
+      int64_t* next = bins_ + task * kBins;
+      for (int64_t n = share(task); n < share(task + 1); ++n) {
+        const int64_t to = next[bin(n)]++;
+        position_[to] = n;
+        std::memcpy(sorted_points_.get() + 3 * to, points + 3 * n, 12);
+      }
+    });
+  }
+
+  // Where the n-th point in the order of work was given.
+  int64_t position(int64_t n) const { return sorted_ ? position_[n] : n; }
+
   // Fills m.taps, m.rows and, for a product, m.lookups. Points beyond `count` are at the origin.
   void look_up(int sample, int64_t begin, int count, ThreadMemory& m) const {
     alignas(64) float coordinates[3][kBlock];
-    const float* points = field_.points + sample * field_.points_stride + 3 * begin;
+    const float* points =
+        (sorted_ ? sorted_points_.get() : field_.points + sample * field_.points_stride) +
+        3 * begin;
     for (int n = 0; n < kBlock; ++n)
       for (int axis = 0; axis < 3; ++axis)
         coordinates[axis][n] = n < count ? points[3 * n + axis] : 0.0f;
@@ -328,14 +389,14 @@ class Work {
 
   void forward_block(int sample, int64_t begin, float* sigma, float* features, int thread) {
     const int count = static_cast<int>(lesser<int64_t>(kBlock, field_.count - begin));
-    const int64_t at = sample * field_.count + begin;
+    const int64_t start = sample * field_.count;
     ThreadMemory m = memory(thread);
     look_up(sample, begin, count, m);
     if (!field_.mlp.layers) {
       const int parts = static_cast<int>(stride_ / pixel_);
       for (int n = 0; n < count; ++n)
         for (int part = 0; part < parts; ++part)
-          std::memcpy(features + ((at + n) * parts + part) * field_.channels,
+          std::memcpy(features + ((start + position(begin + n)) * parts + part) * field_.channels,
                       m.rows + n * stride_ + part * pixel_,
                       4 * static_cast<size_t>(field_.channels));
       return;
@@ -347,16 +408,18 @@ class Work {
     alignas(64) float density[kBlock];
     for (int n = 0; n < kBlock; n += kLanes)
       store(density + n, output_of(field_.mlp.output, load(raw + n)));
-    std::memcpy(sigma + at, density, 4 * static_cast<size_t>(count));
     const int others = field_.mlp.widths[field_.mlp.layers] - 1;
-    for (int n = 0; n < count; ++n)
+    for (int n = 0; n < count; ++n) {
+      const int64_t at = start + position(begin + n);
+      sigma[at] = density[n];
       for (int row = 0; row < others; ++row)
-        features[(at + n) * others + row] = raw[(row + 1) * kBlock + n];
+        features[at * others + row] = raw[(row + 1) * kBlock + n];
+    }
   }
 
   void backward_block(int sample, int64_t begin, int in_chunk, int count, const float* d_sigma,
                       const float* sigma, const float* d_features, int group, int thread) {
-    const int64_t at = sample * field_.count + begin;
+    const int64_t start = sample * field_.count;
     ThreadMemory m = memory(thread);
     look_up(sample, begin, count, m);
     float* d_rows = m.d_lookups;  // the gradient of the features, a row a point
@@ -366,7 +429,7 @@ class Work {
       for (int n = 0; n < count; ++n)
         for (int part = 0; part < parts; ++part)
           std::memcpy(d_rows + n * stride_ + part * pixel_,
-                      d_features + ((at + n) * parts + part) * field_.channels,
+                      d_features + ((start + position(begin + n)) * parts + part) * field_.channels,
                       4 * static_cast<size_t>(field_.channels));
     } else {
       BlockMlp mlp(field_.mlp, transposed_.layers(), m.mlp);
@@ -376,13 +439,15 @@ class Work {
       const int rows = field_.mlp.widths[field_.mlp.layers];
       std::memset(raw, 0, 4 * static_cast<size_t>(rows) * kBlock);
       alignas(64) float value[kBlock] = {};
-      std::memcpy(raw, d_sigma + at, 4 * static_cast<size_t>(count));
-      std::memcpy(value, sigma + at, 4 * static_cast<size_t>(count));
+      for (int n = 0; n < count; ++n) {
+        const int64_t at = start + position(begin + n);
+        raw[n] = d_sigma[at];
+        value[n] = sigma[at];
+        for (int row = 1; row < rows; ++row)
+          raw[row * kBlock + n] = d_features[at * (rows - 1) + row - 1];
+      }
       for (int n = 0; n < kBlock; n += kLanes)
         store(raw + n, load(raw + n) * output_slope(field_.mlp.output, load(value + n)));
-      for (int n = 0; n < count; ++n)
-        for (int row = 1; row < rows; ++row)
-          raw[row * kBlock + n] = d_features[(at + n) * (rows - 1) + row - 1];
       float* partial = field_.gradients.weights ? partials_.group(group) : nullptr;
       const float* d_first = mlp.backward(kBlock, partials_.layout, partial);
       const int hidden = field_.mlp.widths[1];
@@ -401,7 +466,7 @@ class Work {
       separate_product(m);
       d_rows = m.spare;
     }
-    if (field_.points_gradient) points_gradient(at, count, d_rows, m);
+    if (field_.points_gradient) points_gradient(start, begin, count, d_rows, m);
     if (!image_gradients_.get()) return;
     std::memcpy(chunk_.get() + in_chunk * lookup_stride_, d_rows, 4 * count * lookup_stride_);
     for (int p = 0; p < field_.plane_count; ++p)
@@ -425,7 +490,8 @@ class Work {
         }
   }
 
-  void points_gradient(int64_t at, int count, const float* d_lookups, const ThreadMemory& m) const {
+  void points_gradient(int64_t start, int64_t begin, int count, const float* d_lookups,
+                       const ThreadMemory& m) const {
     for (int n = 0; n < count; ++n) {
       float d_point[3] = {};
       for (int p = 0; p < field_.plane_count; ++p) {
@@ -454,8 +520,8 @@ class Work {
             across.weight_low[n] * (down.slope_low[n] * d00 + down.slope_high[n] * d10) +
             across.weight_high[n] * (down.slope_low[n] * d01 + down.slope_high[n] * d11);
       }
-      for (int axis = 0; axis < 3; ++axis)
-        field_.points_gradient[3 * (at + n) + axis] = d_point[axis];
+      const int64_t at = start + position(begin + n);
+      for (int axis = 0; axis < 3; ++axis) field_.points_gradient[3 * at + axis] = d_point[axis];
     }
   }
 
@@ -527,6 +593,10 @@ class Work {
   Buffer first_, first_back_;        // the first layer's weight [H][stride], [stride][H]
   Buffer chunk_, memory_;
   int64_t mlp_floats_ = 0, thread_floats_ = 0;
+  bool sorted_;
+  Buffer sorted_points_;         // [count][3], in the order of work
+  int64_t* position_ = nullptr;  // [count], of the sorted points
+  int64_t* bins_ = nullptr;      // [kSortTasks][kBins]
   PlaneTaps* taps_ = nullptr;
   Corner* corners_ = nullptr;
   int32_t *row_begin_ = nullptr, *order_ = nullptr;

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -284,18 +285,11 @@ class _GridField:
             decoder=self._decoder.handle,
         )
 
-    def _tap(self, grid: Grid, axis: int, size: int) -> Any:
-        coordinates = grid.coordinates(axis, torch.float64, "cpu")
-        taps = Taps.at(coordinates, self._layout.extents[axis], size, self._layout)
-        index = [i.to(torch.int32) for i in taps.index]
-        weight = [w.to(torch.float32) for w in taps.weight]
-        self._taps += [*index, *weight]
-        return _cpu.Taps(
-            low=index[0].data_ptr(),
-            high=index[1].data_ptr(),
-            weight_low=weight[0].data_ptr(),
-            weight_high=weight[1].data_ptr(),
-        )
+    def _tap(self, grid: Grid, axis: int, size: int) -> _cpu.Taps:
+        tensors = _taps(grid, axis, size, self._layout)
+        self._taps += tensors
+        low, high, weight_low, weight_high = (tensor.data_ptr() for tensor in tensors)
+        return _cpu.Taps(low=low, high=high, weight_low=weight_low, weight_high=weight_high)
 
     def gradients(self) -> Gradients:
         weights, biases = self._decoder.gradients()
@@ -315,6 +309,14 @@ class _GridField:
             else:
                 weights[0] = torch.stack([d for _, d in present]).sum(dim=0)
         return Gradients(self._images.gradients(), weights, biases)
+
+
+@lru_cache(maxsize=64)  # a loop asks for the same grid at every step
+def _taps(grid: Grid, axis: int, size: int, layout: TriplaneLayout) -> tuple[Tensor, ...]:
+    """Where a grid's coordinates lie on an image axis: pixels low, high; weights low, high."""
+    coordinates = grid.coordinates(axis, torch.float64, "cpu")
+    taps = Taps.at(coordinates, layout.extents[axis], size, layout)
+    return (*(i.to(torch.int32) for i in taps.index), *(w.to(torch.float32) for w in taps.weight))
 
 
 # ------------------------------------------------------------------------------------- shared

@@ -186,6 +186,40 @@ def test_many_points_scatter_in_chunks() -> None:
     assert_as_accurate_as_pytorch(problem, "density", "cpu")
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["own points", "shared points"])
+@pytest.mark.parametrize("name", ["sample_features", "radiance"])
+def test_many_points_in_large_images_are_sorted_and_returned_in_order(
+    name: str, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem.random(
+        tk.TRIPOSR,
+        GRID,
+        batch=2,
+        channels=4,
+        sizes=[(80, 70), (90, 75), (71, 83)],
+        points=33_000,
+        shared_points=shared,
+    )
+    assert_as_accurate_as_pytorch(problem, name, "cpu")
+    one = problem.evaluate(name, torch.float32, "cpu")
+    monkeypatch.setattr(cpu, "WORK_PER_THREAD", 2**60)
+    other = problem.evaluate(name, torch.float32, "cpu")
+    assert all(torch.equal(other[key], value) for key, value in one.items())
+
+
+def test_sorting_survives_points_that_are_nowhere() -> None:
+    planes = random_planes(tk.EG3D, channels=16, size=(80, 80), dtype=torch.float32)
+    decoder = random_decoder(16, dtype=torch.float32)
+    points = random_points(40_000, scale=2.0, dtype=torch.float32)
+    points[0, ::1000, 0] = torch.nan
+    points[0, 1::1000, 0] = torch.inf
+    points[0, 2::1000, 0] = -torch.inf
+    ours = tk.density(planes, decoder, points, tk.EG3D, backend="cpu")
+    expected = tk.density(planes, decoder, points, tk.EG3D, backend="reference")
+    assert torch.equal(ours.isnan(), expected.isnan())
+    assert norm_error(ours.nan_to_num(), expected.nan_to_num()) < 1e-6
+
+
 def test_instruction_sets_agree() -> None:
     problem = Problem.random(tk.EG3D, WIDE, **LARGE)
     before, volumes = _cpu.isa(), []
