@@ -50,7 +50,7 @@ commit=()
 if [ -n "${COMMIT:-}" ]; then commit=(--bench-commit "$COMMIT"); fi
 
 step build 90 "$PYTHON" setup.py build_ext --inplace
-step tests 150 "$PYTHON" -m pytest -m gpu --require-gpu "${gpu_tests[@]}"
+step tests 220 "$PYTHON" -m pytest -m gpu --require-gpu "${gpu_tests[@]}"
 step bench 190 "$PYTHON" -m pytest bench --bench-device cuda --bench-full --bench-save \
     --bench-results "$OUT" --bench-table "$OUT/table.md" "${commit[@]}"
 step tune 60 "$PYTHON" bench/tune.py --json "$OUT/tiles.json"

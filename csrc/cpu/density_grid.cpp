@@ -183,7 +183,7 @@ class Field {
         a_stride_(spread(field.shape[1])),
         b_stride_(spread(field.shape[2])),
         three_(field.table_channels[2] > 0),
-        groups_(lesser(field.shape[0], three_ ? 8 : kMaxGroups)),
+        groups_(lesser(field.shape[0], three_ ? kThirdTableGroups : kMaxGroups)),
         factorable_(field.mlp.layers == 2 && field.mlp.hidden == Hidden::softplus),
         transposed_(field.mlp),
         partials_(field.mlp, 0, table_weight_floats(field), backward ? groups_ : 0),

@@ -13,6 +13,7 @@ enum class Difference { l1, l2 };
 // Fixed, so that results do not depend on the number of threads: that many partial sums of the
 // decoder's gradients are kept, each over its own share of the work.
 constexpr int kMaxGroups = 64;
+constexpr int kThirdTableGroups = 8;  // fewer where each also holds a table's gradient
 constexpr int kMaxLayers = 64;
 constexpr int kMaxPlanes = 64;
 

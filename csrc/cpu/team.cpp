@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -49,9 +50,13 @@ struct Team::State {
   }
 };
 
-Team::Team(int threads) : threads_(threads < 1 ? 1 : threads), state_(new State) {
-  for (int thread = 1; thread < threads_; ++thread)
-    state_->workers.emplace_back([this, thread] { state_->work_until_stopped(thread); });
+Team::Team(int threads) : threads_(1), state_(new State) {
+  try {
+    for (; threads_ < threads; ++threads_)
+      state_->workers.emplace_back(&State::work_until_stopped, state_, threads_);
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those that are there do the work.
+  }
 }
 
 Team::~Team() {

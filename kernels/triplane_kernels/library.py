@@ -68,8 +68,7 @@ def _separate(planes: Sequence[Tensor]) -> Sequence[Tensor]:
 def _together(planes: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of the separate planes, in the form that the planes had."""
     if planes[0].ndim != 5:
-        # An op's results must not share memory.
-        return [p.clone() if p.untyped_storage().nbytes() > p.nbytes else p for p in parts]
+        return list(parts)
     shape = planes[0].shape
     strides = torch.empty(shape, device="meta").stride()
     first = parts[0]
@@ -81,6 +80,16 @@ def _together(planes: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]
     if already and first.untyped_storage().nbytes() == shape.numel() * first.element_size():
         return [first.as_strided(shape, strides)]
     return [torch.stack(list(parts), dim=1)]
+
+
+def _owned(results: Sequence[Tensor]) -> list[Tensor]:
+    """As an op must return them: contiguous, as the fake kernels say, and sharing no memory."""
+    return [
+        result
+        if result.is_contiguous() and result.untyped_storage().nbytes() == result.nbytes
+        else result.clone(memory_format=torch.contiguous_format)
+        for result in results
+    ]
 
 
 def _asked(groups: Groups, gradients: Gradients) -> list[Tensor]:
@@ -159,7 +168,7 @@ class Operation:
 
     def _run(self, *arguments: Any) -> list[Tensor]:
         groups, settings, backend = self._split(arguments)
-        return self.run(_module(backend), groups, settings)
+        return _owned(self.run(_module(backend), groups, settings))
 
     def _fake(self, *arguments: Any) -> list[Tensor]:
         groups, settings, _ = self._split(arguments)
@@ -193,7 +202,7 @@ class Operation:
     ) -> list[Tensor]:
         groups, settings, backend = self._split(arguments[:-1])
         needs = arguments[-1]
-        return self.backward(_module(backend), d_outputs, outputs, groups, settings, needs)
+        return _owned(self.backward(_module(backend), d_outputs, outputs, groups, settings, needs))
 
     def _fake_backward(self, d_outputs: Any, outputs: Any, *arguments: Any) -> list[Tensor]:
         groups, _, _ = self._split(arguments[:-1])

@@ -75,11 +75,16 @@ class Problem:
             sizes is None,
         )
 
-    def evaluate(self, name: str, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-        """An operation's results, and the derivatives by all its inputs of a random sum of them."""
+    def evaluate(
+        self, name: str, dtype: torch.dtype, backend: str, device: str = "cpu"
+    ) -> dict[str, Tensor]:
+        """An operation's results, and the derivatives by all its inputs of a random sum of them.
+
+        They are returned on the CPU, whatever the device.
+        """
 
         def leaf(tensor: Tensor) -> Tensor:
-            return tensor.detach().clone().to(dtype).requires_grad_()
+            return tensor.detach().clone().to(device, dtype).requires_grad_()
 
         planes = [leaf(plane) for plane in self.planes]
         target_planes = [leaf(plane) for plane in self.target_planes]
@@ -119,10 +124,10 @@ class Problem:
                 outputs = result if isinstance(result, tuple) else (result,)
 
         generator = torch.Generator().manual_seed(11)
-        weights = [torch.rand(o.shape, generator=generator).to(o.dtype) - 0.3 for o in outputs]
+        weights = [torch.rand(o.shape, generator=generator).to(o) - 0.3 for o in outputs]
         gradients = torch.autograd.grad(outputs, list(inputs.values()), weights)
-        results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-        results |= {f"d {k}": g for k, g in zip(inputs, gradients, strict=True)}
+        results = {f"output {i}": output.detach().cpu() for i, output in enumerate(outputs)}
+        results |= {f"d {k}": g.cpu() for k, g in zip(inputs, gradients, strict=True)}
         # A decoder's gradient is one vector: a single bias can be a sum that cancels.
         parameters = [key for key in results if "parameter" in key]
         if parameters:
@@ -138,7 +143,7 @@ def norm_error(ours: Tensor, exact: Tensor) -> float:
 
 
 def assert_as_accurate_as_pytorch(
-    problem: Problem, name: str, backend: str, slack: float = 2
+    problem: Problem, name: str, backend: str, slack: float = 2, device: str = "cpu"
 ) -> None:
     """The project's bound: twice the error of plain PyTorch in float32, plus 1e-6.
 
@@ -146,7 +151,7 @@ def assert_as_accurate_as_pytorch(
     """
     exact = problem.evaluate(name, torch.float64, "reference")
     usual = problem.evaluate(name, torch.float32, "reference")
-    ours = problem.evaluate(name, torch.float32, backend)
+    ours = problem.evaluate(name, torch.float32, backend, device)
     assert ours.keys() == exact.keys()
     for key, value in ours.items():
         assert value.dtype == torch.float32, key
