@@ -55,7 +55,7 @@ def isa() -> str:
 def sample_features(planes: Sequence[Tensor], points: Tensor, layout: TriplaneLayout) -> Tensor:
     call = _Points(planes, None, points, layout, Needs(False, False, False))
     channels = layout.feature_channels(planes[0].shape[1])
-    features = torch.empty(call.batch, points.shape[1], channels)
+    features = _empty(call.batch, points.shape[1], channels)
     _cpu.points(call.field, 0, features.data_ptr(), call.threads)
     return features
 
@@ -75,8 +75,8 @@ def sample_features_backward(
 
 def radiance(field: Field, points: Tensor, layout: TriplaneLayout) -> tuple[Tensor, Tensor]:
     call = _Points(field.planes, field.decoder, points, layout, Needs(False, False, False))
-    sigma = torch.empty(call.batch, points.shape[1])
-    features = torch.empty(call.batch, points.shape[1], field.decoder.out_channels - 1)
+    sigma = _empty(call.batch, points.shape[1])
+    features = _empty(call.batch, points.shape[1], field.decoder.out_channels - 1)
     _cpu.points(call.field, sigma.data_ptr(), features.data_ptr(), call.threads)
     return sigma, features
 
@@ -114,9 +114,7 @@ class _Points:
         self._points = points.contiguous()
         shared = points.shape[0] == 1
         self._shared = shared
-        self._d_points = (
-            torch.empty(self.batch, *points.shape[1:]) if needs.points else torch.empty(0)
-        )
+        self._d_points = _empty(self.batch, *points.shape[1:]) if needs.points else _empty(0)
         self._images = images
         self._decoder = _Decoder(decoder, needs.decoder)
         self._needs = needs
@@ -163,7 +161,7 @@ def why_not_grid(layout: TriplaneLayout) -> str:
 
 def density_grid(field: Field, grid: Grid, layout: TriplaneLayout) -> Tensor:
     call = _GridField(field, grid, layout, Needs(False, False))
-    sigma = torch.empty(call.batch, *grid.shape)
+    sigma = _empty(call.batch, *grid.shape)
     _cpu.density_grid(call.field, sigma.data_ptr(), call.threads)
     return sigma
 
@@ -192,8 +190,8 @@ def density_grid_loss(
     nothing = Needs(False, False)
     call = _GridField(field, grid, layout, nothing)
     other = _GridField(target, grid, layout, nothing) if isinstance(target, Field) else None
-    volume = torch.empty(0) if isinstance(target, Field) else target.contiguous()
-    loss = torch.empty(call.batch)
+    volume = _empty(0) if isinstance(target, Field) else target.contiguous()
+    loss = _empty(call.batch)
     _cpu.density_grid_loss(
         call.field,
         None if other is None else other.field,
@@ -217,7 +215,7 @@ def density_grid_loss_backward(
 ) -> tuple[Gradients, Gradients | Tensor | None]:
     call = _GridField(field, grid, layout, needs)
     other = _GridField(target, grid, layout, target_needs) if isinstance(target, Field) else None
-    volume = torch.empty(0) if isinstance(target, Field) else target.contiguous()
+    volume = _empty(0) if isinstance(target, Field) else target.contiguous()
     d_volume = torch.empty_like(volume) if other is None and target_needs.planes else None
     d_loss = d_loss.contiguous()
     _cpu.density_grid_loss_backward(
@@ -257,7 +255,7 @@ class _GridField:
             columns = torch.cat(parts, dim=1) if parts else first[:, : channels * bool(members)]
             self._tables.append(_Table(members, columns.contiguous()))
         self._d_columns = [
-            torch.empty_like(table.columns) if needs.decoder else torch.empty(0)
+            torch.empty_like(table.columns) if needs.decoder else _empty(0)
             for table in self._tables
         ]
         self._taps: list[Tensor] = []
@@ -333,10 +331,10 @@ class _Images:
             first, count = planes[0], len(planes)
             if all(plane.shape == first.shape for plane in planes):
                 # As parts of one tensor, which is what most callers' planes are.
-                together = torch.empty(first.shape[0], count, *first.shape[1:])
+                together = _empty(first.shape[0], count, *first.shape[1:])
                 self._gradients = list(together.unbind(1))
             else:
-                self._gradients = [torch.empty(plane.shape) for plane in planes]
+                self._gradients = [_empty(*plane.shape) for plane in planes]
 
         self.described: list[dict[str, int]] = [
             {
@@ -388,6 +386,11 @@ class _Decoder:
 
     def gradients(self) -> tuple[list[Tensor] | None, list[Tensor] | None]:
         return (self._d_weights, self._d_biases) if self._needs else (None, None)
+
+
+def _empty(*shape: int) -> Tensor:
+    """Uninitialised, whatever torch's defaults of dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _threads(work: int) -> int:

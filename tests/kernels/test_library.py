@@ -190,6 +190,21 @@ def test_meta_tensors(name: str) -> None:
     assert on_meta.shape == on_cpu.shape
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_torch_s_defaults_do_not_matter(name: str) -> None:
+    given = arguments()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            output = call(name, *given, "cpu")
+            (gradient,) = torch.autograd.grad(output.sum(), given[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert output.dtype == gradient.dtype == torch.float32
+    assert output.device.type == gradient.device.type == "cpu"
+    assert torch.equal(output, call(name, *given, "cpu"))
+
+
 @pytest.mark.parametrize("name", ["density", "density_grid"])
 def test_an_unusual_view_of_the_planes(name: str) -> None:
     """Strides of any kind, planes that are parts of one memory, and planes that are not."""
