@@ -19,6 +19,7 @@ from triplane_kernels import Grid, TriplaneLayout, cpu
 OPERATIONS = [*KERNELS[:-1], "density_grid_loss_l2"]
 BACKENDS = tk.available_backends("cpu")["density_grid"].available
 
+
 # No shrinking: a failure already prints its sizes. Derandomised: CI sees the same cases each run.
 def cases(count: int) -> settings:
     return settings(

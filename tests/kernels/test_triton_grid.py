@@ -22,14 +22,13 @@ tl = pytest.importorskip("triton.language")
 from triplane_kernels.triton import elementary, why_not  # noqa: E402
 from triplane_kernels.triton.density_grid import (  # noqa: E402
     LARGEST_OF_TWO,
-    TILES,
-    Tile,
     TwoLayerField,
     backward_launch,
     forward_launch,
     forward_programs,
 )
 from triplane_kernels.triton.tables import padded  # noqa: E402
+from triplane_kernels.triton.tiles import TILES, Tile, device_family  # noqa: E402
 
 # Modules whose names the package gives to their functions.
 density_grid = sys.modules["triplane_kernels.triton.density_grid"]
@@ -104,9 +103,10 @@ def test_axes_of_one_point(layout: TriplaneLayout, shape: tuple[int, int, int]) 
 
 @pytest.mark.parametrize("layout", [EG3D, EG3D_CORRECTED], ids=["two-tables", "three-tables"])
 def test_more_than_one_tile(layout: TriplaneLayout, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = density_grid.device_family(torch.device(DEVICE))
-    tiles = {"two": Tile(16, 8, 1), "three": Tile(16, 8, 1), "backward": Tile(8, 8, 1)}
-    monkeypatch.setitem(TILES, family, tiles)
+    family = device_family(torch.device(DEVICE))
+    small = {"forward": Tile(16, 8, 1), "backward": Tile(8, 8, 1)}
+    tiles = {f"{way} {count}": small[way] for way in small for count in ("two", "three")}
+    monkeypatch.setitem(TILES, family, {**TILES[family], **tiles})
     grid = replace(INSIDE, shape=(2, 3, 11))
     launch = forward_launch((1, *grid.shape), 3, False, family)
     assert forward_programs((1, *grid.shape), launch) > 2
@@ -325,9 +325,9 @@ def test_launches_cover_a_volume(family: str, size: int) -> None:
         # Blocks that are loaded without masks must lie within the tables' padding.
         assert not c["EVEN"] or max(rows * c["BLOCK_R"], columns * c["BLOCK_C"]) <= padded(size)
         assert 64 % c["UNROLL"] == 0
-    c = backward_launch(size, 6, family).constants
-    assert not c["EVEN"] or (6 % c["BLOCK_H"] == 0 and padded(size) % c["BLOCK_C"] == 0)
-    assert c["EVEN_VOLUME"] == (size % c["BLOCK_C"] == 0)
+        c = backward_launch(size, 6, has_third, family).constants
+        assert not c["EVEN"] or (6 % c["BLOCK_H"] == 0 and padded(size) % c["BLOCK_C"] == 0)
+        assert c["EVEN_VOLUME"] == (size % c["BLOCK_C"] == 0)
 
 
 @pytest.mark.gpu

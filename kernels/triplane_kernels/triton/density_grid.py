@@ -13,7 +13,7 @@ and for f = softplus the exponential of the sum is the product of the tables' ex
 so the tables hold exponentials, and an element costs two multiply-adds and one logarithm, or a
 reciprocal in the backward. Two things limit that form. The products must not leave the range of
 float32; and 1 + u is exact to 2^-24 of 1 and not of u, which shows where nearly all of a slice is
-far below zero. `_plain_slices` finds the slices concerned, on the device; their tables stay as
+far below zero. `_choose_forms` finds the slices concerned, on the device; their tables stay as
 they are, and the kernels take the plain, everywhere accurate form for them. So they do for the
 other hidden activations.
 
@@ -34,7 +34,7 @@ goes to `deep`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +46,8 @@ from triplane_kernels.decoder import Output
 from triplane_kernels.grid import Grid
 from triplane_kernels.layout import TriplaneLayout
 from triplane_kernels.triton.deep import DeepField, times_output_slope
-from triplane_kernels.triton.elementary import INTERPRETED
 from triplane_kernels.triton.grid_kernels import (
+    choose_form_kernel,
     density_backward_kernel,
     density_kernel,
     exponentiate_kernel,
@@ -61,6 +61,7 @@ from triplane_kernels.triton.separable import (
     tabulate,
 )
 from triplane_kernels.triton.tables import padded
+from triplane_kernels.triton.tiles import device_family, grid_tile
 
 # How large entries that are exponentiated may be, in magnitude: their product must stay within
 # float32's range, which ends at e^87.
@@ -146,10 +147,7 @@ class TwoLayerField:
         self.w2, self.b2 = weight[0].contiguous(), bias
         self.plain: Tensor | None = None
         if self.decoder.hidden == "softplus":
-            self.plain = _plain_slices(self.tables, self.w2, self.frame)
-            for table in self.tables:
-                if table is not None:
-                    _exponentiate(table, self.plain)
+            self.plain = _choose_forms(self.tables, self.w2, self.frame)
         if needs is not None:
             self._d_rows = torch.empty_like(self.tables.rows)
             self._d_columns = torch.empty_like(self.tables.columns)
@@ -264,7 +262,8 @@ class TwoLayerField:
         """
         rows, columns, third = tables
         batch, n_slices, n_rows, n_columns = d_sigma.shape
-        launch = backward_launch(n_columns, self.units, device_family(d_sigma.device))
+        family = device_family(d_sigma.device)
+        launch = backward_launch(n_columns, self.units, third is not None, family)
         n_blocks = blocks(n_columns, launch.constants["BLOCK_C"])
         # What is summed over the columns is left as one partial sum for each block of them.
         rows_partial = w2_partial = None
@@ -309,33 +308,54 @@ class TwoLayerField:
             d_w2 += w2_partial.sum(dim=0)
 
 
-def _plain_slices(tables: Tables, w2: Tensor, frame: Frame) -> Tensor:
+def _choose_forms(tables: Tables, w2: Tensor, frame: Frame) -> Tensor:
     """Where the factored form would not do, [B, N_slice] or, with a third table, [B, 1]: int32.
 
     That is where an entry is too large to be exponentiated (or NaN), or softplus too small: its
-    mean over a slice is at least softplus of the mean, which the tables' means give.
+    mean over a slice is at least softplus of the mean, which the tables' means give. Elsewhere the
+    tables' entries become their exponentials.
     """
+    if tables.third is not None:
+        plain = _plain_samples(tables, w2, frame)
+        for table in (tables.rows, tables.columns, tables.third):
+            _exponentiate(table, plain)
+        return plain
+    rows, columns, _ = tables
+    batch, n_slices, units, _ = rows.shape
+    plain = rows.new_empty(batch, n_slices, dtype=torch.int32)
+    block_h = block(units, 32)
+    launch = Launch({"BLOCK_H": block_h, "BLOCK_N": 4096 // block_h}, num_warps=8)
+    with on_device_of(rows):
+        choose_form_kernel[(batch * n_slices,)](
+            rows,
+            columns,
+            w2,
+            plain,
+            frame.count("rows"),
+            frame.count("columns"),
+            rows.shape[3],
+            columns.shape[3],
+            LARGEST_OF_TWO,
+            LEAST_SOFTPLUS,
+            H=units,
+            **launch.arguments,
+        )
+    return plain
+
+
+def _plain_samples(tables: Tables, w2: Tensor, frame: Frame) -> Tensor:
+    """See `_choose_forms`; with a third table, what one slice is made of, others are too."""
+    assert tables.third is not None
     rows = tables.rows[..., : frame.count("rows")]
     columns = tables.columns[..., : frame.count("columns")]
-    if tables.third is None:
-        in_range = (_largest(rows, (2, 3)) <= LARGEST_OF_TWO) & (
-            _largest(columns, (2, 3)) <= LARGEST_OF_TWO
-        )
-        mean = rows.mean(dim=3) + columns.mean(dim=3)  # [B, N_slice, H]
-    else:
-        three = (rows, columns, tables.third[..., : frame.count("third")])
-        largest = torch.stack([_largest(table, (1, 2, 3)) for table in three])
-        in_range = (largest <= LARGEST_OF_THREE).all(dim=0)[:, None]
-        means = torch.stack([table.mean(dim=(1, 3)) for table in three])
-        mean = means.sum(dim=0)[:, None]  # [B, 1, H]
+    three = (rows, columns, tables.third[..., : frame.count("third")])
+    largest = torch.stack([torch.linalg.vector_norm(t, torch.inf, dim=(1, 2, 3)) for t in three])
+    in_range = (largest <= LARGEST_OF_THREE).all(dim=0)[:, None]
+    means = torch.stack([table.mean(dim=(1, 3)) for table in three])
+    mean = means.sum(dim=0)[:, None]  # [B, 1, H]
     strength = torch.linalg.vector_norm(F.softplus(mean) * w2, dim=-1)
     visible = strength >= LEAST_SOFTPLUS * torch.linalg.vector_norm(w2)
     return (~(in_range & visible)).to(torch.int32)
-
-
-def _largest(table: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The largest magnitude over some dimensions."""
-    return torch.linalg.vector_norm(table, torch.inf, dim=dims)
 
 
 def _exponentiate(table: Tensor, plain: Tensor) -> None:
@@ -367,49 +387,12 @@ def _sum_of_raw_gradient(d_sigma: Tensor, sigma: Tensor | None, output: Output) 
 # ------------------------------------------------------------------------------------ launches
 
 
-class Tile(NamedTuple):
-    """How much of a slice a program takes, and with how many warps."""
-
-    elements: int  # of a forward: rows times columns; of a backward: units times columns
-    widest: int  # the most columns
-    warps: int
-
-
-# For the forward kernel with two tables and with three, and for the backward kernel. A thread has
-# 32 elements, whose independent chains hide latencies; a backward program is one warp, so that the
-# sum over columns stays within it.
-TILES: dict[str, dict[str, Tile]] = {
-    "nvidia": {
-        "two": Tile(32 * 128, 128, 4),
-        "three": Tile(16 * 128, 128, 8),
-        "backward": Tile(4 * 256, 256, 1),
-    },
-    "amd": {  # a warp has 64 lanes
-        "two": Tile(64 * 128, 128, 4),
-        "three": Tile(32 * 128, 128, 8),
-        "backward": Tile(8 * 256, 256, 1),
-    },
-    "interpreter": {  # whose cost is by operation, not by element
-        "two": Tile(2**18, 512, 4),
-        "three": Tile(2**18, 512, 4),
-        "backward": Tile(2**18, 512, 1),
-    },
-}
-
-
-def device_family(device: torch.device) -> str:
-    """The key of `TILES`."""
-    if device.type != "cuda" or INTERPRETED:
-        return "interpreter"
-    return "nvidia" if torch.version.hip is None else "amd"
-
-
 def forward_launch(
     shape: Sequence[int], units: int, has_third: bool, family: str = "nvidia"
 ) -> Launch:
     """Of the forward kernels, for a volume's shape [B, slices, rows, columns]."""
     _, _, n_rows, n_columns = shape
-    tile = TILES[family]["three" if has_third else "two"]
+    tile = grid_tile(family, "forward three" if has_third else "forward two")
     block_c = _least_padding(n_columns, tile.widest)
     block_r = min(tile.elements // block_c, triton.next_power_of_2(n_rows))
     return Launch(
@@ -432,9 +415,9 @@ def forward_programs(shape: Sequence[int], launch: Launch) -> int:
     return batch * blocks(n_slices, constants["SLICES"]) * tiles
 
 
-def backward_launch(n_columns: int, units: int, family: str = "nvidia") -> Launch:
+def backward_launch(n_columns: int, units: int, has_third: bool, family: str = "nvidia") -> Launch:
     """Of the backward kernel."""
-    tile = TILES[family]["backward"]
+    tile = grid_tile(family, "backward three" if has_third else "backward two")
     block_c = _least_padding(n_columns, tile.widest)
     block_h = min(tile.elements // block_c, triton.next_power_of_2(units))
     return Launch(

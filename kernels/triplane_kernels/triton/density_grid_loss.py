@@ -20,7 +20,6 @@ from triplane_kernels.grid import Grid
 from triplane_kernels.layout import TriplaneLayout
 from triplane_kernels.triton.density_grid import (
     TwoLayerField,
-    device_family,
     forward_launch,
     forward_programs,
     grid_field,
@@ -29,6 +28,7 @@ from triplane_kernels.triton.density_grid import (
 from triplane_kernels.triton.grid_kernels import loss_kernel
 from triplane_kernels.triton.launch import Launch, on_device_of
 from triplane_kernels.triton.separable import GridField
+from triplane_kernels.triton.tiles import device_family
 
 Kind = Literal["l1", "l2"]
 

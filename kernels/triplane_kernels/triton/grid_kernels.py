@@ -44,6 +44,76 @@ def exponentiate_kernel(
         tl.store(entries, exp(tl.load(entries, mask=at < size, other=0.0)), mask=at < size)
 
 
+@triton.jit
+def _table_means(
+    table, h, count, pitch, largest, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The mean [BLOCK_H] of units h over a table's slice, and how many are not up to `largest`."""
+    total = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+    beyond = tl.zeros((BLOCK_H, BLOCK_N), tl.int32)
+    first = 0
+    while first < count:
+        n = first + tl.arange(0, BLOCK_N)
+        mask = (h < H)[:, None] & (n < count)[None, :]
+        value = tl.load(table + h[:, None] * pitch + n[None, :], mask=mask, other=0.0)
+        total += value
+        beyond += tl.where(tl.abs(value) <= largest, 0, 1)  # a NaN is beyond
+        first += BLOCK_N
+    return tl.sum(total, axis=1) / count, tl.sum(tl.sum(beyond, axis=1), axis=0)
+
+
+@triton.jit
+def _exponentiate_slice(table, size, BLOCK: tl.constexpr):
+    first = 0
+    while first < size:
+        at = first + tl.arange(0, BLOCK)
+        entries = tl.load(table + at, mask=at < size, other=0.0)
+        tl.store(table + at, exp(entries), mask=at < size)
+        first += BLOCK
+
+
+@triton.jit
+def choose_form_kernel(
+    rows,  # [B, S, H, R]
+    columns,  # [B, S, H, C]
+    w2,
+    plain,  # [B, S]
+    n_rows,
+    n_columns,
+    rows_pitch,
+    columns_pitch,
+    largest,
+    least_softplus,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: whether a slice is plain; if not, the exponentials of its entries, in place."""
+    part = tl.program_id(0).to(tl.int64)
+    rows += part * (H * rows_pitch)
+    columns += part * (H * columns_pitch)
+    beyond = tl.full((), 0, tl.int32)
+    strength = tl.full((), 0.0, tl.float32)
+    full_strength = tl.full((), 0.0, tl.float32)
+    for first in range(0, H, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        a, beyond_a = _table_means(rows, h, n_rows, rows_pitch, largest, H, BLOCK_H, BLOCK_N)
+        b, beyond_b = _table_means(
+            columns, h, n_columns, columns_pitch, largest, H, BLOCK_H, BLOCK_N
+        )
+        beyond += beyond_a + beyond_b
+        w = tl.load(w2 + h, mask=h < H, other=0.0)
+        activation = w * activate(a + b, "softplus")
+        strength += tl.sum(activation * activation, axis=0)
+        full_strength += tl.sum(w * w, axis=0)
+    visible = strength >= least_softplus * least_softplus * full_strength
+    factored = (beyond == 0) & visible
+    tl.store(plain + part, tl.where(factored, 0, 1))
+    if factored:
+        _exponentiate_slice(rows, H * rows_pitch, BLOCK_H * BLOCK_N)
+        _exponentiate_slice(columns, H * columns_pitch, BLOCK_H * BLOCK_N)
+
+
 # ------------------------------------------------------------------------------------- forward
 
 

@@ -42,6 +42,7 @@ from triplane_kernels.triton.elementary import (
     times_output_slope,
 )
 from triplane_kernels.triton.launch import Launch, blocks, on_device_of
+from triplane_kernels.triton.tiles import point_tile
 
 CHUNK_BYTES = 2**25  # of one intermediate: what fits in the level-2 cache of an A100
 PROGRAMS = 512  # that share a decoder's backward: each leaves a partial sum of its gradients
@@ -84,7 +85,7 @@ def radiance(field: Field, points: Tensor, layout: TriplaneLayout) -> tuple[Tens
     if _is_fused(decoder):
         lookup.run(
             _radiance_kernel,
-            _radiance_launch(lookup.width, decoder),
+            _radiance_launch(lookup, decoder),
             sigma=sigma,
             rest=rest,
             INNER=len(decoder.weights) - 2,
@@ -184,7 +185,8 @@ class _Lookup:
 
     def parts(self, width: int) -> Iterator[slice]:
         """Parts of the points, such that `width` numbers for each point of one fit CHUNK_BYTES."""
-        step = max(1, CHUNK_BYTES // (4 * width * max(1, self.batch)))
+        # A multiple of 16 keeps the parts' memory aligned: for any other Triton compiles anew.
+        step = max(1, CHUNK_BYTES // (64 * width * max(1, self.batch))) * 16
         return (slice(i, min(i + step, self.count)) for i in range(0, self.count, step))
 
     def run(
@@ -193,9 +195,9 @@ class _Lookup:
         """Runs a kernel: so many programs, or one for every tile of points of every sample."""
         if self.count == 0 or self.batch == 0:
             return
-        tiles = blocks(self.count, launch.constants["BP"])
+        tiles = blocks(self.count, launch.constants["BP"]) * self.batch
         with on_device_of(self.points):
-            kernel[(programs,) if programs else (tiles, self.batch)](
+            kernel[(programs or tiles,)](
                 images=tuple((i, i.shape[1], i.shape[2], i.stride(0)) for i in self.images),
                 rates=tuple(2 / extent for extent in self.layout.extents),
                 points=self.points,
@@ -221,7 +223,8 @@ def _channels_last(plane: Tensor) -> Tensor:
 def _features(lookup: _Lookup) -> Tensor:
     """[B, M, C']."""
     features = lookup.points.new_empty(lookup.batch, lookup.count, lookup.width)
-    lookup.run(_features_kernel, _features_launch(lookup.width), features=features)
+    launch = _launch("features", features.device, lookup.width)
+    lookup.run(_features_kernel, launch, features=features)
     return features
 
 
@@ -257,7 +260,7 @@ class _LookupGradients:
         if d_images is not None or d_points is not None:
             lookup.run(
                 _features_backward_kernel,
-                _features_backward_launch(lookup.width),
+                _launch("features backward", d_features.device, lookup.width),
                 d_features=d_features,
                 d_images=d_images,
                 d_points=d_points,
@@ -352,7 +355,7 @@ def _fused_backward(
     needs: Needs,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The gradient by the features, and those by `decoder.parameters`, as far as needed."""
-    launch = _decoder_backward_launch(decoder)
+    launch = _decoder_backward_launch(lookup, decoder)
     programs = min(PROGRAMS, blocks(lookup.count, launch.constants["BP"]) * lookup.batch)
     sizes = [parameter.numel() for parameter in decoder.parameters]
     d_features = partials = None
@@ -415,31 +418,30 @@ def _decode(decoder: DensityMLP, features: Tensor) -> tuple[list[Tensor], list[T
 
 
 # ------------------------------------------------------------------------------------ launches
-#
-# Points a tile (BP), how much of a feature a tile holds at once (BK) and warps, such that on
-# compute capability 9.0 no register is spilled; `tests/kernels/test_triton_machine_code.py` looks.
 
 
-def _features_launch(width: int) -> Launch:
-    return Launch({"BP": 32, "BK": min(32, _matrix_width(width))}, num_warps=4)
+def _launch(kernel: str, device: torch.device, width: int) -> Launch:
+    """Of a kernel of `tiles`, for features of a width."""
+    tile = point_tile(device, kernel)
+    columns = min(tile.columns, _matrix_width(width))
+    return Launch({"BP": tile.points, "BK": columns}, num_warps=tile.warps)
 
 
-def _features_backward_launch(width: int) -> Launch:
-    return Launch({"BP": 16, "BK": min(32, _matrix_width(width))}, num_warps=4)
-
-
-def _radiance_launch(width: int, decoder: DensityMLP) -> Launch:
-    large = width > 64 or len(decoder.weights) > 2
-    columns = min(16 if large else 32, _matrix_width(width))
+def _radiance_launch(lookup: _Lookup, decoder: DensityMLP) -> Launch:
+    large = lookup.width > 64 or len(decoder.weights) > 2
+    kernel = "radiance"
     if decoder.weights[0].shape[0] > 64:
-        return Launch({"BP": 32, "BK": columns}, num_warps=8)
-    return Launch({"BP": 64, "BK": columns}, num_warps=8 if large else 4)
+        kernel = "radiance wide large" if large else "radiance wide"
+    elif large:
+        kernel = "radiance large"
+    return _launch(kernel, lookup.points.device, lookup.width)
 
 
-def _decoder_backward_launch(decoder: DensityMLP) -> Launch:
-    columns = _matrix_width(decoder.in_channels)
-    large = columns > 32 or decoder.out_channels - 1 > 32
-    return Launch({"BP": 16, "BK": columns}, num_warps=8 if large else 4)
+def _decoder_backward_launch(lookup: _Lookup, decoder: DensityMLP) -> Launch:
+    """A tile holds the whole feature."""
+    large = _matrix_width(lookup.width) > 32 or decoder.out_channels - 1 > 32
+    kernel = "decoder backward large" if large else "decoder backward"
+    return _launch(kernel, lookup.points.device, lookup.width)
 
 
 def _matrix_width(width: int) -> int:
@@ -661,6 +663,14 @@ def _tile(points, stride, rates, sample, point, exists):
 
 
 @triton.jit
+def _place(count, BP: tl.constexpr):
+    """A program's sample, and its points [BP]. A grid's second dimension ends at 65535."""
+    tiles = tl.cdiv(count, BP)
+    program = tl.program_id(0)
+    return program // tiles, (program % tiles) * BP + tl.arange(0, BP)
+
+
+@triton.jit
 def _features_kernel(
     images,
     rates,
@@ -677,9 +687,8 @@ def _features_kernel(
     BORDER: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
 ):
-    """features [B, count, K]. Program (tile of BP points, sample)."""
-    sample = tl.program_id(1)
-    point = tl.program_id(0) * BP + tl.arange(0, BP)
+    """features [B, count, K]. Program (sample, tile of BP points)."""
+    sample, point = _place(count, BP)
     exists = point < count
     tile = _tile(points, points_stride, rates, sample, point, exists)
     row = (sample.to(tl.int64) * count + point) * K
@@ -721,10 +730,9 @@ def _features_backward_kernel(
 ):
     """Adds to d_images, each [B, H, W, C]; writes d_points [B, count, 3]; either may be None.
 
-    d_features [B, count, K]. Program (tile of BP points, sample).
+    d_features [B, count, K]. Program (sample, tile of BP points).
     """
-    sample = tl.program_id(1)
-    point = tl.program_id(0) * BP + tl.arange(0, BP)
+    sample, point = _place(count, BP)
     exists = point < count
     tile = _tile(points, points_stride, rates, sample, point, exists)
     row = sample.to(tl.int64) * count + point
@@ -837,10 +845,9 @@ def _radiance_kernel(
     """sigma [B, count] and rest [B, count, REST] of a decoder K -> H -> ... -> H -> 1 + REST.
 
     weights and biases are those of the first layer, of the INNER layers between, and of the last.
-    Program (tile of BP points, sample).
+    Program (sample, tile of BP points).
     """
-    sample = tl.program_id(1)
-    point = tl.program_id(0) * BP + tl.arange(0, BP)
+    sample, point = _place(count, BP)
     exists = point < count
     tile = _tile(points, points_stride, rates, sample, point, exists)
     unit = tl.arange(0, BH)

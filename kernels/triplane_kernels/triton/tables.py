@@ -278,7 +278,7 @@ def _adjoint(d_points: Tensor, taps: AxisTaps) -> Tensor:
     block_n = block(inner, 16 if along else 256)
     block_x = block(taps.size, 64 if along else 4, least=1)
     with on_device_of(d_points):
-        _adjoint_kernel[(blocks(inner, block_n), blocks(taps.size, block_x), outer)](
+        _adjoint_kernel[(blocks(inner, block_n) * outer, blocks(taps.size, block_x))](
             d_points,
             d_pixels,
             taps.index,
@@ -564,9 +564,11 @@ def _adjoint_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """d_pixels[o, x, n] = sum over the grid points g that touch x of weight * d_points[o, g, n]."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner_blocks = tl.cdiv(inner, BLOCK_N)
+    part = tl.program_id(0).to(tl.int64)
+    n = part % inner_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    outer = part // inner_blocks
     x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
-    outer = tl.program_id(2).to(tl.int64)
     source = d_points + outer * points_outer + n[:, None] * points_inner
     first = tl.load(reach + x, mask=x < size, other=0)
     stop = tl.load(reach + size + x, mask=x < size, other=0)
