@@ -22,9 +22,9 @@ from triplane_kernels import EG3D, Grid
 
 CPU_LANE_OPERATIONS = 32  # a cycle and thread
 
-# CPU, operations in a lane of a vector for a (voxel, hidden unit), as the C++ kernels' AVX-512 inner
-# loops have them (scaled_log2_1p in csrc/cpu/simd.h): product of the exponentials, 14 for the
-# logarithm, sum; in the backward the reciprocal (4) and seven for the sums of the gradients more.
+# CPU, operations in a lane of a vector for a (voxel, hidden unit), as the C++ kernels' AVX-512
+# inner loops have them (scaled_log2_1p in csrc/cpu/simd.h): product of the exponentials, 14 for the
+# logarithm, sum; in the backward seven more, for the reciprocal and the sums of the gradients.
 CPU_GRID_FORWARD = 16
 CPU_GRID_BACKWARD = 23
 # The same for the activation of a point's hidden unit, which has no factored form: an exponential,
