@@ -14,7 +14,7 @@ from triplane_kernels import available_backends, cpu
 PACKAGES = ("triton", "numpy", "safetensors", "scikit-image", "trimesh")
 OPTIONAL = {"tensorboard": "curves in TensorBoard: pip install 'densityrl[tensorboard]'"}
 
-SLOWER = "without it density on a grid takes about ten times as long, at points three times"
+SLOWER = "without it density on a CPU takes ten to twenty times as long"
 
 
 def report() -> str:

@@ -82,10 +82,13 @@ def products(command, out):
     return content
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_kill_9_at_a_random_step(world, tmp_path, command):
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [*((command, None) for command in COMMANDS), ("finetune", 1)],  # 1: before any checkpoint
+)
+def test_kill_9_at_a_random_step(world, tmp_path, command, line):
     root, inputs = world
-    line = random.randrange(1, 8)
+    line = line or random.randrange(1, 8)
     print(f"killed after {line} lines of metrics")
     process = start(command, inputs, tmp_path / "run")
     stop_at(process, tmp_path / "run", line, signal.SIGKILL)

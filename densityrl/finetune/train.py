@@ -93,7 +93,8 @@ class Finetuner:
         """Train to the last step, with checkpoints that resume to the same numbers."""
         config = self.config
         with (
-            Metrics(run.path / "metrics.jsonl", self.step) as metrics,
+            # Anew at step 0: a run killed before its first checkpoint logs that step again.
+            Metrics(run.path / "metrics.jsonl", self.step or None) as metrics,
             InterruptGuard() as interrupt,
             progress(config.steps, "finetune", start=self.step) as bar,
         ):

@@ -86,7 +86,7 @@ def test_cpu(problem: Problem, name: str) -> None:
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton runs neither here nor interpreted")
-@cases(12)
+@cases(8)
 @given(problem=problems(largest=9), name=st.sampled_from(OPERATIONS))
 def test_triton(problem: Problem, name: str) -> None:
     assert_as_accurate_as_pytorch(problem, name, "triton", slack=5)
