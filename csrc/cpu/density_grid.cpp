@@ -170,6 +170,8 @@ struct SliceMemory {
   float* c;                  // [H][padded Z]: a row of the third table, where it is recomputed
   float* table;              // a table's slice, transposed
   float* mlp;                // of BlockMlp
+  int prepared;              // the slice that a and b are of; -1: none
+  bool factored;             // and whether they are exponentials
 };
 
 // One field, one sample at a time: its tables and the work on one slice of the grid.
@@ -256,6 +258,7 @@ class Field {
 
   // Resamples one sample's planes, and makes the third table.
   void tabulate(int sample, Team& team) {
+    for (int thread = 0; thread < team.threads(); ++thread) slices_[thread].prepared = -1;
     int64_t tasks = 0;
     for (int t = 0; t < 3; ++t) tasks += field_.table_channels[t];
     parallel(team, tasks, [&](int task, int thread) {
@@ -372,6 +375,11 @@ class Field {
       });
     }
     if (!field_.planes[0].gradient) return;
+    for (int p = 0; p < field_.plane_count; ++p) {
+      const GridPlane& plane = field_.planes[p];
+      prefer_huge_pages(plane.gradient + sample * plane.gradient_stride,
+                        int64_t{4} * field_.channels * plane.height * plane.width);
+    }
     parallel(team, static_cast<int64_t>(field_.plane_count) * field_.channels,
              [&](int task, int thread) {
                resample_backward(field_.planes[task / field_.channels], task % field_.channels,
@@ -518,6 +526,7 @@ class Field {
 
   // m.a and m.b for slice i; true if they are exponentials, as the factored form takes them.
   bool prepare(int i, SliceMemory& m) {
+    if (m.prepared == i) return m.factored;  // a loss needs a slice's value, then its gradient
     float* const parts[] = {m.a, m.b};
     bool factored = factorable_ && !(three_ && third_plain_);
     for (int t = 0; t < 2; ++t) {
@@ -530,6 +539,8 @@ class Field {
     }
     if (factored)
       for (int t = 0; t < 2; ++t) exponentiate(parts[t], hidden_ * fast_[t]);
+    m.prepared = i;
+    m.factored = factored;
     return factored;
   }
 

@@ -97,10 +97,20 @@ void* aligned_memory(std::int64_t bytes) {
   const std::size_t size = (wanted + alignment - 1) / alignment * alignment;
   void* memory = std::aligned_alloc(alignment, size);
   if (!memory) throw std::bad_alloc();
-#if defined(__linux__)
-  if (alignment == kHugePage) madvise(memory, size, MADV_HUGEPAGE);  // a wish: no error if refused
-#endif
+  prefer_huge_pages(memory, static_cast<std::int64_t>(size));
   return memory;
+}
+
+void prefer_huge_pages(void* memory, std::int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t kHugePage = 1 << 21;
+  const auto begin = reinterpret_cast<std::uintptr_t>(memory);
+  const std::uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
+  const std::uintptr_t last = (begin + static_cast<std::uintptr_t>(bytes)) & ~(kHugePage - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 }  // namespace densityrl

@@ -30,4 +30,8 @@ class Team {
 // system has them: points look up pixels all over it. Throws std::bad_alloc.
 void* aligned_memory(std::int64_t bytes);
 
+// Asks for huge pages under memory that is about to be written for the first time: thousands of
+// page faults fewer for a gradient of the planes. Only a hint.
+void prefer_huge_pages(void* memory, std::int64_t bytes);
+
 }  // namespace densityrl
