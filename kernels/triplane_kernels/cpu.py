@@ -109,16 +109,14 @@ class _Points:
         layout: TriplaneLayout,
         needs: Needs,
     ) -> None:
-        images = _Images(planes, needs.planes)
         self.batch = planes[0].shape[0]
         self._points = points.contiguous()
-        shared = points.shape[0] == 1
-        self._shared = shared
+        self._shared = points.shape[0] == 1
         self._d_points = _empty(self.batch, *points.shape[1:]) if needs.points else _empty(0)
-        self._images = images
+        self._images = _Images(planes, needs.planes)
         self._decoder = _Decoder(decoder, needs.decoder)
         self._needs = needs
-        widest = max((weight.numel() for weight in decoder.weights), default=1) if decoder else 64
+        widest = max((weight.numel() for weight in self._decoder.weights), default=64)
         self.threads = _threads(self.batch * points.shape[1] * widest)
         self.field = _cpu.PointField(
             batch=self.batch,
@@ -131,14 +129,14 @@ class _Points:
                     extent_across=layout.extents[axes[0]],
                     extent_down=layout.extents[axes[1]],
                 )
-                for image, axes in zip(images.described, layout.axes, strict=True)
+                for image, axes in zip(self._images.described, layout.axes, strict=True)
             ],
             combine=layout.reduce,
             border=layout.padding == "border",
             align_corners=layout.align_corners,
             count=points.shape[1],
             points=self._points.data_ptr(),
-            points_stride=0 if shared else 3 * points.shape[1],
+            points_stride=0 if self._shared else 3 * points.shape[1],
             points_gradient=self._d_points.data_ptr() if needs.points else 0,
             decoder=self._decoder.handle,
         )
@@ -364,20 +362,16 @@ class _Decoder:
     """A decoder as the extension takes it, and room for its gradients."""
 
     def __init__(self, decoder: DensityMLP | None, needs_gradient: bool) -> None:
-        layers = range(len(decoder.weights)) if decoder else []
-        self.weights = [decoder.weights[layer].contiguous() for layer in layers] if decoder else []
-        biases = (
-            [bias.contiguous() for bias in decoder.biases if bias is not None] if decoder else []
-        )
-        self._biases = biases
+        weights, biases = (decoder.weights, decoder.biases) if decoder else ((), ())
+        self.weights = [weight.contiguous() for weight in weights]
+        self._biases = [bias.contiguous() for bias in biases if bias is not None]
         self._needs = needs_gradient and decoder is not None
         self._d_weights = [torch.empty_like(weight) for weight in self.weights if self._needs]
-        self._d_biases = [torch.empty_like(bias) for bias in biases if self._needs]
-        widths = [decoder.in_channels, *(w.shape[0] for w in self.weights)] if decoder else [0]
+        self._d_biases = [torch.empty_like(bias) for bias in self._biases if self._needs]
         self.handle = _cpu.Decoder(
-            widths=widths,
+            widths=[decoder.in_channels if decoder else 0, *(len(w) for w in self.weights)],
             weights=[weight.data_ptr() for weight in self.weights],
-            biases=[bias.data_ptr() for bias in biases],
+            biases=[bias.data_ptr() for bias in self._biases],
             hidden=decoder.hidden if decoder else "softplus",
             output=decoder.output if decoder else "identity",
             weight_gradients=[d.data_ptr() for d in self._d_weights],

@@ -359,9 +359,9 @@ def _why_not(name: str, device: torch.device) -> str:
 def _why_not_triton(device: torch.device) -> str:
     if not _TRITON_INSTALLED:
         return "triton is not installed (pip install triton)"
-    if device.type != "cuda" and not _TRITON_INTERPRETED:
-        return "it computes on a GPU only"
-    return ""
+    if device.type == "cuda" or (device.type == "cpu" and _TRITON_INTERPRETED):
+        return ""
+    return "it computes on a GPU (or, with TRITON_INTERPRET=1, very slowly on the CPU)"
 
 
 # ------------------------------------------------------------------------------------- checks

@@ -40,7 +40,7 @@ GRID_ELEMENTS_PER_CHUNK = 2**22  # voxels times the widest layer: 16 MiB in floa
 def sample_features(planes: Planes, points: Tensor, layout: TriplaneLayout) -> Tensor:
     """The reduced feature of every point, [B, M, C']."""
     dtype = compute_dtype(planes, None, points)
-    with _autocast_off(points.device):
+    with autocast_off(points.device):
         images = _images(planes, dtype)
         points = points.to(dtype).expand(_batch(planes), -1, -1)
         (features,) = _in_chunks(lambda part: (_reduced(images, part, layout),), points)
@@ -50,7 +50,7 @@ def sample_features(planes: Planes, points: Tensor, layout: TriplaneLayout) -> T
 def density(planes: Planes, decoder: DensityMLP, points: Tensor, layout: TriplaneLayout) -> Tensor:
     """The density of every point, [B, M]."""
     dtype = compute_dtype(planes, decoder, points)
-    with _autocast_off(points.device):
+    with autocast_off(points.device):
         images = _images(planes, dtype)
         points = points.to(dtype).expand(_batch(planes), -1, -1)
         layers = _density_layers(decoder, dtype)
@@ -67,14 +67,14 @@ def radiance(
 ) -> tuple[Tensor, Tensor]:
     """The density [B, M] and the decoder's other outputs [B, M, F] of every point."""
     dtype = compute_dtype(planes, decoder, points)
-    with _autocast_off(points.device):
+    with autocast_off(points.device):
         images = _images(planes, dtype)
         points = points.to(dtype).expand(_batch(planes), -1, -1)
         layers = _layers(decoder, dtype)
 
         def evaluate(part: Tensor) -> tuple[Tensor, Tensor]:
             raw = _mlp(decoder.hidden, layers, _reduced(images, part, layout))
-            return _output(decoder.output, raw[..., 0] + decoder.bias_shift), raw[..., 1:]
+            return apply_output(decoder.output, raw[..., 0] + decoder.bias_shift), raw[..., 1:]
 
         sigma, features = _in_chunks(evaluate, points)
     return sigma, features
@@ -90,20 +90,20 @@ def density_gradient(
     derivative towards larger pixel coordinates. A point whose density is NaN has a NaN gradient.
     """
     dtype = compute_dtype(planes, decoder, points)
-    with _autocast_off(points.device):
+    with autocast_off(points.device):
         images = _images(planes, dtype)
         points = points.to(dtype).expand(_batch(planes), -1, -1)
         layers = _density_layers(decoder, dtype)
 
         def evaluate(part: Tensor) -> tuple[Tensor, Tensor]:
             lookups = [
-                _Lookup.at(part, image, axes, layout)
+                Lookup.at(part, image, axes, layout)
                 for image, axes in zip(images, layout.axes, strict=True)
             ]
             values = [lookup.value() for lookup in lookups]
             sigma, d_feature = _density_and_gradient(decoder, layers, _reduce(values, layout))
             d_point = [torch.zeros_like(sigma) for _ in range(3)]
-            d_values = _reduce_backward(d_feature, values, layout)
+            d_values = reduce_backward(d_feature, values, layout)
             for lookup, (a, b), d_value in zip(lookups, layout.axes, d_values, strict=True):
                 d_a, d_b = lookup.gradient(d_value)
                 d_point[a] = d_point[a] + d_a
@@ -128,7 +128,7 @@ def density_grid(planes: Planes, decoder: DensityMLP, grid: Grid, layout: Tripla
     table entries, an activation and the layers after it.
     """
     dtype = compute_dtype(planes, decoder)
-    with _autocast_off(decoder.weights[0].device):
+    with autocast_off(decoder.weights[0].device):
         volume = _SeparableDensity.tabulate(planes, decoder, grid, layout, dtype)
         slabs = volume.slabs(volume.slab_thickness())
         evaluate = _recomputed(volume.evaluate, unless=len(slabs) == 1)
@@ -161,7 +161,7 @@ def density_grid_loss(
     else:
         dtype = torch.promote_types(compute_dtype(planes, decoder), compute_dtype(*target))
 
-    with _autocast_off(decoder.weights[0].device):
+    with autocast_off(decoder.weights[0].device):
         ours = _SeparableDensity.tabulate(planes, decoder, grid, layout, dtype)
         thickness = ours.slab_thickness()
         if isinstance(target, Tensor):
@@ -235,8 +235,8 @@ class _SeparableDensity:
         else:
             value = F.linear(reduce(mul, tables), *self.first)
         for layer in self.rest:
-            value = F.linear(_activate(self.decoder.hidden, value), *layer)
-        sigma = _output(self.decoder.output, value[..., 0] + self.decoder.bias_shift)
+            value = F.linear(activate(self.decoder.hidden, value), *layer)
+        sigma = apply_output(self.decoder.output, value[..., 0] + self.decoder.bias_shift)
         return sigma.expand(-1, thickness, *self.shape[1:])
 
     def slab_thickness(self) -> int:
@@ -344,7 +344,7 @@ class Taps:
 
 
 @dataclass(frozen=True)
-class _Image:
+class Image:
     """A plane as rows of channels, [B * H * W, C]: what a lookup reads is contiguous."""
 
     rows: Tensor
@@ -353,17 +353,17 @@ class _Image:
 
 
 @dataclass(frozen=True)
-class _Lookup:
+class Lookup:
     """A bilinear lookup of points on one plane: taps along the width (a) and the height (b)."""
 
-    image: _Image
+    image: Image
     a: Taps
     b: Taps
 
     @classmethod
     def at(
-        cls, points: Tensor, image: _Image, axes: tuple[int, int], layout: TriplaneLayout
-    ) -> _Lookup:
+        cls, points: Tensor, image: Image, axes: tuple[int, int], layout: TriplaneLayout
+    ) -> Lookup:
         extent_a, extent_b = (layout.extents[axis] for axis in axes)
         return cls(
             image,
@@ -428,10 +428,10 @@ def _row_products(rows: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return torch.stack(products, dim=-1)
 
 
-def _reduced(images: list[_Image], points: Tensor, layout: TriplaneLayout) -> Tensor:
+def _reduced(images: list[Image], points: Tensor, layout: TriplaneLayout) -> Tensor:
     """The feature of every point, [B, M, C']."""
     values = [
-        _Lookup.at(points, image, axes, layout).value()
+        Lookup.at(points, image, axes, layout).value()
         for image, axes in zip(images, layout.axes, strict=True)
     ]
     return _reduce(values, layout)
@@ -449,7 +449,7 @@ def _reduce(values: list[Tensor], layout: TriplaneLayout) -> Tensor:
     return total / len(values) if layout.reduce == "mean" else total
 
 
-def _reduce_backward(
+def reduce_backward(
     d_feature: Tensor, values: list[Tensor], layout: TriplaneLayout
 ) -> list[Tensor]:
     """The derivative by each plane's lookup, given that by the feature."""
@@ -483,13 +483,13 @@ def _density_layers(decoder: DensityMLP, dtype: torch.dtype) -> list[Layer]:
 def _mlp(hidden: Hidden, layers: list[Layer], features: Tensor) -> Tensor:
     value = F.linear(features, *layers[0])
     for layer in layers[1:]:
-        value = F.linear(_activate(hidden, value), *layer)
+        value = F.linear(activate(hidden, value), *layer)
     return value
 
 
 def _density(decoder: DensityMLP, layers: list[Layer], features: Tensor) -> Tensor:
     raw = _mlp(decoder.hidden, layers, features)[..., 0]
-    return _output(decoder.output, raw + decoder.bias_shift)
+    return apply_output(decoder.output, raw + decoder.bias_shift)
 
 
 def _density_and_gradient(
@@ -500,12 +500,12 @@ def _density_and_gradient(
     value = F.linear(features, *layers[0])
     for layer in layers[1:]:
         before.append(value)
-        value = F.linear(_activate(decoder.hidden, value), *layer)
+        value = F.linear(activate(decoder.hidden, value), *layer)
     raw = value[..., 0] + decoder.bias_shift
-    gradient = _output_slope(decoder.output, raw)[..., None] @ layers[-1][0]
+    gradient = output_slope(decoder.output, raw)[..., None] @ layers[-1][0]
     for (weight, _), value in zip(reversed(layers[:-1]), reversed(before), strict=True):
-        gradient = (gradient * _activation_slope(decoder.hidden, value)) @ weight
-    return _output(decoder.output, raw), gradient
+        gradient = (gradient * activation_slope(decoder.hidden, value)) @ weight
+    return apply_output(decoder.output, raw), gradient
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -513,13 +513,13 @@ def _softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40)
 
 
-def _activate(hidden: Hidden, x: Tensor) -> Tensor:
+def activate(hidden: Hidden, x: Tensor) -> Tensor:
     if hidden == "softplus":
         return _softplus(x)
     return torch.relu(x) if hidden == "relu" else F.silu(x)
 
 
-def _activation_slope(hidden: Hidden, x: Tensor) -> Tensor:
+def activation_slope(hidden: Hidden, x: Tensor) -> Tensor:
     if hidden == "softplus":
         return torch.sigmoid(x)
     if hidden == "relu":
@@ -528,13 +528,13 @@ def _activation_slope(hidden: Hidden, x: Tensor) -> Tensor:
     return sigmoid * (1 + x * (1 - sigmoid))
 
 
-def _output(output: Output, raw: Tensor) -> Tensor:
+def apply_output(output: Output, raw: Tensor) -> Tensor:
     if output == "softplus":
         return _softplus(raw)
     return torch.exp(raw) if output == "exp" else raw
 
 
-def _output_slope(output: Output, raw: Tensor) -> Tensor:
+def output_slope(output: Output, raw: Tensor) -> Tensor:
     if output == "softplus":
         return torch.sigmoid(raw)
     return torch.exp(raw) if output == "exp" else torch.ones_like(raw)
@@ -564,9 +564,9 @@ def _batch(planes: Planes) -> int:
     return planes.shape[0] if isinstance(planes, Tensor) else planes[0].shape[0]
 
 
-def _images(planes: Planes, dtype: torch.dtype) -> list[_Image]:
+def _images(planes: Planes, dtype: torch.dtype) -> list[Image]:
     return [
-        _Image(
+        Image(
             rows=plane.to(dtype).permute(0, 2, 3, 1).reshape(-1, plane.shape[1]),
             height=plane.shape[2],
             width=plane.shape[3],
@@ -596,7 +596,7 @@ def _recomputed(function: Callable[..., Any], unless: bool) -> Callable[..., Any
     return recompute
 
 
-def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast would make the numbers depend on where a call stands."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)

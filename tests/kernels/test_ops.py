@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import triplane_kernels as tk
-from triplane_kernels import DensityMLP, Grid, reference
+from triplane_kernels import DensityMLP, Grid, ops, reference
 from triplane_kernels.ops import OPERATIONS
 
 GRID = Grid(lo=(-0.4, -0.3, -0.5), hi=(0.35, 0.4, 0.2), shape=(4, 3, 5))
@@ -106,6 +106,16 @@ def test_a_backend_is_named_or_refused(name: str) -> None:
         call(name, *arguments, backend="cuds")
     with pytest.raises(RuntimeError, match=r"'cpu' cannot run .*: it computes in float32"):
         call(name, *inputs(torch.float64), backend="cpu")
+
+
+def test_triton_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(ops, "_TRITON_INTERPRETED", False)
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run density here: it computes on a G"):
+        call("density", *inputs(), backend="triton")
+    monkeypatch.setattr(ops, "_TRITON_INSTALLED", False)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        call("density", *inputs(), backend="triton")
 
 
 def test_available_backends_covers_every_operation() -> None:

@@ -19,7 +19,7 @@ from triplane_kernels.backend import Field
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from triplane_kernels.triton import elementary, why_not  # noqa: E402
+from triplane_kernels.triton import elementary  # noqa: E402
 from triplane_kernels.triton.density_grid import (  # noqa: E402
     LARGEST_OF_TWO,
     TwoLayerField,
@@ -305,12 +305,6 @@ def test_empty_batch() -> None:
     assert loss.shape == (0,)
     gradients = torch.autograd.grad(sigma.sum() + loss.sum(), [planes, *decoder.weights])
     assert all(not gradient.any() for gradient in gradients)
-
-
-def test_why_not() -> None:
-    assert why_not(torch.device("cuda")) == ""
-    assert "interpreter" in why_not(torch.device("cpu")) or elementary.INTERPRETED
-    assert "'mps'" in why_not(torch.device("mps"))
 
 
 @pytest.mark.parametrize("family", TILES)

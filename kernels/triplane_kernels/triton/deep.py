@@ -19,7 +19,7 @@ from triplane_kernels.backend import Field, Gradients, Needs
 from triplane_kernels.decoder import Output
 from triplane_kernels.grid import Grid
 from triplane_kernels.layout import TriplaneLayout
-from triplane_kernels.reference import _activate, _activation_slope, _autocast_off, _output
+from triplane_kernels.reference import activate, activation_slope, apply_output, autocast_off
 from triplane_kernels.triton.separable import (
     Frame,
     Part,
@@ -69,15 +69,15 @@ class DeepField:
 
     def sigma(self, out: Tensor, first: int) -> None:
         step = self.slices_at_once()
-        with _autocast_off(out.device):
+        with autocast_off(out.device):
             for start in range(0, out.shape[1], step):
                 part = out[:, start : start + step]
                 raw = self._forward(part.shape[1], first + start)[-1][..., 0]
-                part.copy_(_output(self._field.decoder.output, raw))
+                part.copy_(apply_output(self._field.decoder.output, raw))
 
     def add_gradient(self, d_sigma: Tensor, sigma: Tensor | None, first: int) -> None:
         step = self.slices_at_once()
-        with _autocast_off(d_sigma.device):
+        with autocast_off(d_sigma.device):
             for start in range(0, d_sigma.shape[1], step):
                 d_raw = d_sigma[:, start : start + step]
                 if sigma is not None:
@@ -126,7 +126,7 @@ class DeepField:
         decoder = self._field.decoder
         for number, (weight, bias) in enumerate(zip(decoder.weights, decoder.biases, strict=True)):
             if number > 0:
-                value = F.linear(_activate(decoder.hidden, value), weight, bias)
+                value = F.linear(activate(decoder.hidden, value), weight, bias)
             elif self._product:
                 value = F.linear(value, weight, bias)
             else:
@@ -141,9 +141,9 @@ class DeepField:
         d_value = d_raw.unsqueeze(-1)
         for number in range(len(decoder.weights) - 1, 0, -1):
             value = values.pop()
-            self._add_layer(number, d_value, _activate(decoder.hidden, value))
+            self._add_layer(number, d_value, activate(decoder.hidden, value))
             d_value = d_value @ decoder.weights[number]
-            d_value = d_value * _activation_slope(decoder.hidden, value)
+            d_value = d_value * activation_slope(decoder.hidden, value)
         if not self._product:
             for (part, _), d_table in zip(self._tables, self._d_tables, strict=True):
                 self._add_term(d_table, part, d_value, first)

@@ -93,9 +93,9 @@ def radiance(field: Field, points: Tensor, layout: TriplaneLayout) -> tuple[Tens
         )
         return sigma, rest
     for part in lookup.parts(max(_widths(decoder))):
-        with reference._autocast_off(points.device):
+        with reference.autocast_off(points.device):
             *_, raw = _decode(decoder, _features(lookup.at(part)))[1]
-            sigma[:, part] = reference._output(decoder.output, raw[..., 0])
+            sigma[:, part] = reference.apply_output(decoder.output, raw[..., 0])
             rest[:, part] = raw[..., 1:]
     return sigma, rest
 
@@ -283,9 +283,9 @@ def _add_in_fixed_order(lookup: _Lookup, d_features: Tensor, d_images: tuple[Ten
     layout = lookup.layout
     points = lookup.points.expand(lookup.batch, -1, -1)
     lookups = [
-        reference._Lookup.at(
+        reference.Lookup.at(
             points,
-            reference._Image(image.flatten(0, 2).float(), image.shape[1], image.shape[2]),
+            reference.Image(image.flatten(0, 2).float(), image.shape[1], image.shape[2]),
             axes,
             layout,
         )
@@ -294,7 +294,7 @@ def _add_in_fixed_order(lookup: _Lookup, d_features: Tensor, d_images: tuple[Ten
     values = [d_features] * len(lookups)  # only a product's derivative looks at them
     if layout.reduce == "product":
         values = [each.value() for each in lookups]
-    d_values = reference._reduce_backward(d_features, values, layout)
+    d_values = reference.reduce_backward(d_features, values, layout)
     for each, d_value, d_image in zip(lookups, d_values, d_images, strict=True):
         rows = d_image.view(-1, lookup.channels)
         weights = [b * a for b in each.b.weight for a in each.a.weight]
@@ -393,14 +393,14 @@ def _unfused_backward(
     needs: Needs,
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradient by the features, and those by `decoder.parameters`."""
-    with reference._autocast_off(sigma.device):
+    with reference.autocast_off(sigma.device):
         inputs, outputs = _decode(decoder, _features(lookup).flatten(0, 1))
-        d_raw = d_sigma.flatten() * reference._output_slope(decoder.output, outputs[-1][:, 0])
+        d_raw = d_sigma.flatten() * reference.output_slope(decoder.output, outputs[-1][:, 0])
         gradient = torch.cat([d_raw[:, None], d_rest.flatten(0, 1)], dim=-1)
         d_weights, d_biases = [], []
         for layer in reversed(range(len(decoder.weights))):
             if layer < len(decoder.weights) - 1:
-                gradient = gradient * reference._activation_slope(decoder.hidden, outputs[layer])
+                gradient = gradient * reference.activation_slope(decoder.hidden, outputs[layer])
             d_weights.append(gradient.T @ inputs[layer])
             d_biases.append(gradient.sum(dim=0))
             gradient = gradient @ decoder.weights[layer]
@@ -412,7 +412,7 @@ def _decode(decoder: DensityMLP, features: Tensor) -> tuple[list[Tensor], list[T
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
     for weight, bias in zip(decoder.weights, decoder.biases, strict=True):
-        inputs.append(reference._activate(decoder.hidden, outputs[-1]) if outputs else features)
+        inputs.append(reference.activate(decoder.hidden, outputs[-1]) if outputs else features)
         outputs.append(F.linear(inputs[-1], weight, bias))
     return inputs, outputs
 
