@@ -15,6 +15,7 @@ from torch import Tensor
 import triplane_kernels as tk
 from triplane_kernels import EG3D, EG3D_CORRECTED, NERFSTUDIO, TRIPOSR, Grid, TriplaneLayout
 from triplane_kernels.backend import Field
+from triplane_kernels.frame import padded
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -27,7 +28,6 @@ from triplane_kernels.triton.density_grid import (  # noqa: E402
     forward_launch,
     forward_programs,
 )
-from triplane_kernels.triton.tables import padded  # noqa: E402
 from triplane_kernels.triton.tiles import TILES, Tile, device_family  # noqa: E402
 
 # Modules whose names the package gives to their functions.

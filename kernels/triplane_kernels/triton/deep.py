@@ -17,16 +17,11 @@ from torch import Tensor
 
 from triplane_kernels.backend import Field, Gradients, Needs
 from triplane_kernels.decoder import Output
+from triplane_kernels.frame import Frame, Part, Tables
 from triplane_kernels.grid import Grid
 from triplane_kernels.layout import TriplaneLayout
 from triplane_kernels.reference import activate, activation_slope, apply_output, autocast_off
-from triplane_kernels.triton.separable import (
-    Frame,
-    Part,
-    Tables,
-    gradients_of_first_layer,
-    tabulate,
-)
+from triplane_kernels.triton.separable import gradients_of_first_layer, tabulate
 from triplane_kernels.triton.tables import feature_table, plane_gradient
 
 ELEMENTS = 2**25  # of all activations of the slices that are processed at once: 128 MiB

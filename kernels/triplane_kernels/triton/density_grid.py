@@ -43,6 +43,7 @@ from torch import Tensor
 
 from triplane_kernels.backend import Field, Gradients, Needs
 from triplane_kernels.decoder import Output
+from triplane_kernels.frame import Frame, Tables, padded
 from triplane_kernels.grid import Grid
 from triplane_kernels.layout import TriplaneLayout
 from triplane_kernels.triton.deep import DeepField, times_output_slope
@@ -53,14 +54,7 @@ from triplane_kernels.triton.grid_kernels import (
     exponentiate_kernel,
 )
 from triplane_kernels.triton.launch import Launch, block, blocks, on_device_of
-from triplane_kernels.triton.separable import (
-    Frame,
-    GridField,
-    Tables,
-    gradients_of_first_layer,
-    tabulate,
-)
-from triplane_kernels.triton.tables import padded
+from triplane_kernels.triton.separable import GridField, gradients_of_first_layer, tabulate
 from triplane_kernels.triton.tiles import device_family, grid_tile
 
 # How large entries that are exponentiated may be, in magnitude: their product must stay within

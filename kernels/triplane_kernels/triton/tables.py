@@ -6,116 +6,21 @@ are a product of a weight along each axis. A table [B, N_p, H, N_q] holds, for g
 
     table[b, i, h, k] = sum_c W[h, c] sum_pixels R_p[i, y] R_q[k, x] plane[b, c, y, x]
 
-with R_p [N_p, size] and R_q the resampling matrices, two non-zeros a row. Tables are hidden unit
-major: what a kernel reads together, all k of one unit, is contiguous. The adjoint is a gather too,
-because the grid points that touch a pixel are a range: no atomics, the same bits at every run.
-
-The last dimension of a table and of its gradient is padded to a multiple of `ALIGNMENT`. The
-padding of a table is 0; that of a gradient is not looked at.
+with R_p [N_p, size] and R_q the resampling matrices, two non-zeros a row. The adjoint is a gather
+too, because the grid points that touch a pixel are a range: no atomics, the same bits at every run.
+What `frame` says of tables and their padding holds.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triplane_kernels.grid import Grid
-from triplane_kernels.layout import TriplaneLayout
-from triplane_kernels.reference import Taps
+from triplane_kernels.frame import AxisTaps, PlaneTaps
 from triplane_kernels.triton.elementary import DOT_PRECISION
 from triplane_kernels.triton.launch import Launch, block, blocks, on_device_of
-
-ALIGNMENT = 16  # elements: what the compiler takes as a sign that it may load vectors
-
-
-@dataclass(frozen=True)
-class AxisTaps:
-    """Linear interpolation along one axis, from `size` pixels to `count` grid points.
-
-    index   [2, count] int32: the lower and the upper pixel of every grid point.
-    weight  [2, count] float32.
-    reach   [2, size] int32: the grid points from reach[0] up to, not with, reach[1] are those
-            that have the pixel among their two.
-    widest  the most grid points that a pixel has.
-    """
-
-    index: Tensor
-    weight: Tensor
-    reach: Tensor
-    widest: int
-
-    @property
-    def count(self) -> int:
-        """Number of grid points."""
-        return self.index.shape[1]
-
-    @property
-    def pitch(self) -> int:
-        """Number of grid points with the padding of a table."""
-        return padded(self.count)
-
-    @property
-    def size(self) -> int:
-        """Number of pixels."""
-        return self.reach.shape[1]
-
-
-def padded(count: int) -> int:
-    """A table's last dimension."""
-    return blocks(count, ALIGNMENT) * ALIGNMENT
-
-
-@lru_cache(maxsize=64)
-def axis_taps(
-    grid: Grid, axis: int, layout: TriplaneLayout, size: int, device: torch.device
-) -> AxisTaps:
-    """The taps of a grid's axis on an image side of `size` pixels; worked out in float64."""
-    coordinates = grid.coordinates(axis, torch.float64, "cpu")
-    taps = Taps.at(coordinates, layout.extents[axis], size, layout)
-    low, high = taps.index  # both ascend along the axis
-    pixels = torch.arange(size)
-    first = torch.searchsorted(high, pixels)
-    stop = torch.searchsorted(low, pixels, right=True)
-    return AxisTaps(
-        index=torch.stack([low, high]).to(device, torch.int32),
-        weight=torch.stack(taps.weight).to(device, torch.float32),
-        reach=torch.stack([first, stop]).to(device, torch.int32),
-        widest=int((stop - first).max()),
-    )
-
-
-@dataclass(frozen=True)
-class PlaneTaps:
-    """How a plane [B, C, H, W] becomes a table over grid axes p (its rows) and q (its columns)."""
-
-    rows: AxisTaps
-    columns: AxisTaps
-    rows_are_width: bool
-
-    @classmethod
-    def at(
-        cls,
-        plane: Tensor,
-        axes: tuple[int, int],
-        rows_axis: int,
-        grid: Grid,
-        layout: TriplaneLayout,
-    ) -> PlaneTaps:
-        height, width = plane.shape[2:]
-        along_width = axis_taps(grid, axes[0], layout, width, plane.device)
-        along_height = axis_taps(grid, axes[1], layout, height, plane.device)
-        if axes[0] == rows_axis:
-            return cls(along_width, along_height, True)
-        return cls(along_height, along_width, False)
-
-    def oriented(self, plane: Tensor) -> Tensor:
-        """[B, C, size along p, size along q], a view."""
-        return plane.transpose(2, 3) if self.rows_are_width else plane
 
 
 def add_table(
