@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that a GPU machine is needed for, in one command and under 8 minutes:
-# build, GPU tests, benchmarks, rooflines. Downloads nothing.
+# Everything that a GPU machine is needed for, in one command and under 10 minutes: build, GPU tests,
+# benchmarks, every kernel's time, memory and race checks, tuning. Downloads nothing. What to
+# compare the numbers with is in bench/results/NOTES.md, and needs no GPU.
 #
 #   bash bench/gpu.sh
 #
@@ -23,6 +24,7 @@ if ! sees_gpu "$PYTHON"; then
     echo "gpu.sh: no python3 or .venv/bin/python whose torch sees a GPU (set PYTHON)" >&2
     exit 2
 fi
+export PATH=$PATH:/usr/local/cuda/bin
 export PYTHONPATH=kernels:.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 failed=0
@@ -49,12 +51,21 @@ mapfile -t gpu_tests < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sor
 commit=()
 if [ -n "${COMMIT:-}" ]; then commit=(--bench-commit "$COMMIT"); fi
 
-step build 90 "$PYTHON" setup.py build_ext --inplace
-step tests 220 "$PYTHON" -m pytest -m gpu --require-gpu "${gpu_tests[@]}"
-step bench 190 "$PYTHON" -m pytest bench --bench-device cuda --bench-full --bench-save \
-    --bench-results "$OUT" --bench-table "$OUT/table.md" "${commit[@]}"
-step tune 60 "$PYTHON" bench/tune.py --json "$OUT/tiles.json"
-step roofline 30 "$PYTHON" bench/roofline.py
+# Machine code for this GPU only: every other architecture would cost time.
+TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+export TORCH_CUDA_ARCH_LIST
 
-echo "gpu.sh: $failed of 5 steps failed; logs and results in $OUT"
+step build 110 env DENSITYRL_CUDA=1 "$PYTHON" setup.py build_ext --inplace
+step tests 170 "$PYTHON" -m pytest -m gpu --require-gpu "${gpu_tests[@]}"
+step bench 160 "$PYTHON" -m pytest bench --bench-device cuda --bench-full --bench-save \
+    --bench-results "$OUT" --bench-table "$OUT/table.md" "${commit[@]}"
+step kernels 20 "$PYTHON" bench/kernel_times.py --json "$OUT/kernels.json"
+for tool in memcheck racecheck; do
+    step "$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+        "$PYTHON" -m pytest -m gpu --require-gpu tests/kernels/test_gpu_kernels.py \
+        -k 'small_cuda and (eg3d or crm)'
+done
+step tune 40 "$PYTHON" bench/tune.py --seconds 20 --json "$OUT/tiles.json"
+
+echo "gpu.sh: $failed of 7 steps failed; logs and results in $OUT"
 exit "$failed"

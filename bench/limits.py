@@ -3,9 +3,10 @@
 CPU    1024 bits of vector operations a cycle and thread (two of AVX-512, four of AVX2 on current
        x86-64 servers), at the clock that the extension measures in the same run. What the inner
        loops need is counted, loads and stores left out.
-GPU    grids: the special-function unit, one logarithm a (voxel, hidden unit) in the factored form
-       and one reciprocal each for the two gradients. Points: the bytes of the looked-up corners
-       over the path that fills the L1 caches from L2.
+GPU    grids: the special-function unit. A (voxel, hidden unit) takes one logarithm in the factored
+       form, and in the backward another one and half a reciprocal; less those logarithms that the
+       CUDA kernels leave to the FP32 units, as many as balance the two on compute capability 9.0.
+       Points: the bytes of the looked-up corners over the path that fills the L1 caches from L2.
 
 Rates of a GPU are from its multiprocessor count and its highest clock.
 """
@@ -32,9 +33,9 @@ CPU_GRID_BACKWARD = 23
 CPU_POINT_SOFTPLUS = 33
 CPU_POINT_SIGMOID = 6
 
-# GPU, special-function operations a (voxel, hidden unit).
-GPU_GRID_FORWARD = 1
-GPU_GRID_BACKWARD = 2
+# GPU, special-function operations a (voxel, hidden unit): csrc/cuda/density_grid.cu.
+GPU_GRID_FORWARD = 1 - 7 / 32
+GPU_GRID_BACKWARD = 1 / 2 + 1 - 3 / 16
 
 GPU_SPECIAL_FUNCTION_LANES = 16  # a clock and multiprocessor, compute capability 7.0 to 9.0
 GPU_L1_FILL_BYTES = 64  # a clock and multiprocessor

@@ -16,7 +16,6 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -26,24 +25,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-# What an instruction of NVIDIA's machine code keeps busy; the first pattern that matches counts.
-SASS_CLASSES = (
-    ("special", r"MUFU"),
-    ("conversion", r"(I2F|F2I|F2F|FRND)"),
-    ("fp32", r"(FFMA|FMUL|FADD)"),
-    ("matrix", r"(HGMMA|HMMA|WGMMA|IMMA|QGMMA)"),
-    ("shuffle", r"(SHFL|REDUX)"),
-    ("local", r"(LDL|STL)"),
-    ("global load", r"LDG"),
-    ("global store", r"STG"),
-    ("atomic", r"(RED|ATOM)"),
-    ("shared", r"(LDS|STS|ATOMS)"),
-    ("barrier", r"(BAR|SYNCS|WARPSYNC|WARPGROUP)"),
-    ("imad", r"IMAD"),
-    ("branch", r"(BRA|BSSY|BSYNC|EXIT|CALL|RET|NOP|YIELD)"),
-    ("uniform", r"(U[A-Z0-9]+|R2UR|S2UR|LDC)"),
-    ("alu", r"[A-Z]"),
-)
+import sass
+from sass import class_of, innermost
 
 GCN_CLASSES = (
     ("special", r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_"),
@@ -192,39 +175,16 @@ def _inspect(
 
 
 def _parse_sass(asm: dict[str, Any]) -> tuple[dict[str, int], Counter[str], list[Counter[str]]]:
-    import triton.backends.nvidia
-
-    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(asm["cubin"])
-        sass = subprocess.check_output([tools / "nvdisasm", "-c", cubin], text=True)
-        usage = subprocess.check_output(
-            [tools / "cuobjdump", "--dump-resource-usage", cubin], text=True
-        )
-    lines: list[tuple[str, str]] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(lines)
-        elif found := re.match(
-            r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", line
-        ):
-            lines.append((found[1], found[2]))
-    jumps = []
-    for number, (operation, operands) in enumerate(lines):
-        goal = re.search(r"`\((\.L_x_\d+)\)", operands)
-        if operation.startswith("BRA") and goal and labels.get(goal[1], number) < number:
-            jumps.append((labels[goal[1]], number))
-    classes = [_class_of(operation, SASS_CLASSES) for operation, _ in lines]
-    instructions = Counter(classes)
-    measured = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+        (code,) = sass.functions(cubin)
     resources = {
-        "registers": int(measured["REG"]),
-        "stack_bytes": int(measured["STACK"]) + int(measured["LOCAL"]),
-        "spills": instructions["local"],
+        "registers": code.registers,
+        "stack_bytes": code.stack_bytes,
+        "spills": code.instructions["local"],
     }
-    return resources, instructions, _innermost(jumps, classes)
+    return resources, code.instructions, code.loops
 
 
 def _parse_gcn(asm: dict[str, Any]) -> tuple[dict[str, int], Counter[str], list[Counter[str]]]:
@@ -240,7 +200,7 @@ def _parse_gcn(asm: dict[str, Any]) -> tuple[dict[str, int], Counter[str], list[
                 if goal in labels:
                     jumps.append((labels[goal], len(operations)))
             operations.append(found[1])
-    classes = [_class_of(operation, GCN_CLASSES) for operation in operations]
+    classes = [class_of(operation, GCN_CLASSES) for operation in operations]
 
     def metadata(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s*(\d+)", asm["amdgcn"])[-1])
@@ -250,20 +210,7 @@ def _parse_gcn(asm: dict[str, Any]) -> tuple[dict[str, int], Counter[str], list[
         "stack_bytes": metadata("private_segment_fixed_size"),
         "spills": metadata("vgpr_spill_count"),  # scalar registers are spilled to vector ones
     }
-    return resources, Counter(classes), _innermost(jumps, classes)
-
-
-def _class_of(operation: str, classes: Sequence[tuple[str, str]]) -> str:
-    return next((name for name, pattern in classes if re.match(pattern, operation)), "other")
-
-
-def _innermost(jumps: list[tuple[int, int]], classes: list[str]) -> list[Counter[str]]:
-    """The instructions of the loops that contain no other, given every jump backwards."""
-    return [
-        Counter(classes[first : last + 1])
-        for first, last in jumps
-        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in jumps)
-    ]
+    return resources, Counter(classes), innermost(jumps, classes)
 
 
 # ---------------------------------------------------------------------------------- workloads

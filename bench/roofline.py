@@ -1,8 +1,10 @@
 """The least time that an H200 can take, predicted from the instructions that it would run.
 
-`python bench/roofline.py` compiles the Triton kernels for it (no GPU is needed), counts what their
-inner loops keep busy, and divides by the hardware's rates. What it prints are predictions of a
-lower bound: a kernel that waits (for memory, for other threads, for instructions) takes longer.
+`python bench/roofline.py` compiles the Triton kernels for it (no GPU is needed), takes the CUDA
+kernels from the installed extension, counts what their inner loops keep busy, and divides by the
+hardware's rates. What it prints are predictions of a lower bound: a kernel that waits (for memory,
+for other threads, for instructions) takes longer. NOTES.md among the results has them beside what
+was measured.
 
 Counted are EG3D's sizes, 32 channels -> 64 units -> density, float32. Left out: on a grid the
 tables, which are of order N^2; on all the launches themselves. Points are taken to lie at random,
@@ -18,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import cuda_code
 from machine_code import MachineCode, compiled, workloads
 
 # An H200 (compute capability 9.0): lanes a clock and multiprocessor.
@@ -34,6 +37,12 @@ GRIDS = (
     "grid eg3d corrected",
     "grid eg3d corrected, planes only",
 )
+CUDA_SWEEPS = {
+    "grid eg3d": [("two", "true")],
+    "grid eg3d, planes only": [("two", "false")],
+    "grid eg3d corrected": [("three", "true"), ("third", "false")],
+    "grid eg3d corrected, planes only": [("three", "false"), ("third", "false")],
+}
 POINTS = "points eg3d"
 UNITS = 64
 CORNER_BYTES = 4 * 3 * 32 * 4  # a point: 4 corners on 3 planes, 32 channels, float32
@@ -94,6 +103,25 @@ def grid_bounds(workload: str, codes: Sequence[MachineCode], n: int) -> list[Bou
     return bounds
 
 
+def cuda_grid_bounds(workload: str, n: int) -> list[Bound]:
+    """Of the CUDA C++ kernels: the forward, and the sweeps of the backward together."""
+    loops = cuda_code.grid_loops("sm_90")
+    pairs, volume_bytes = UNITS * n**3, 4 * n**3
+    columns = 2 if n <= 64 else 4 if n <= 128 else 8  # of a lane: run_sweep in density_grid.cu
+    instructions: Counter[str] = Counter()
+    read_bytes = 0.0
+    for sweep, with_decoder in CUDA_SWEEPS[workload]:
+        instructions.update(loops[f"sweep_kernel<true, {sweep}, {with_decoder}, {columns}>"])
+        read_bytes += volume_bytes * UNITS / cuda_code.UNITS_OF_BLOCK
+    name = f"CUDA C++ {workload}"
+    bounds = [bound(f"{name}, backward", f"{n}^3", pairs, instructions, read_bytes, volume_bytes)]
+    if "only" not in workload:
+        tile = f"TwoTables<{1 if n <= 64 else 2}>" if "corrected" not in workload else "ThreeTables"
+        forward = loops[f"density_kernel<{tile}>"]
+        bounds.insert(0, bound(f"{name}, forward", f"{n}^3", pairs, forward, 0, volume_bytes))
+    return bounds
+
+
 def point_bounds(workload: str, codes: Sequence[MachineCode], count: int) -> list[Bound]:
     """Of the forward, and of the two kernels of the backward, one after the other."""
     code = {each.kernel: each for each in codes}
@@ -130,14 +158,17 @@ def main() -> None:
         codes = compiled(calls[name], "cuda:90", name)
         for n in (128, 256, 512):
             bounds += grid_bounds(name, codes, n)
+    for name in GRIDS:
+        for n in (64, 128, 256, 512, 1024):
+            bounds += cuda_grid_bounds(name, n)
     codes = compiled(calls[POINTS], "cuda:90", POINTS)
     for count in (10**6, 4 * 10**6):
         bounds += point_bounds(POINTS, codes, count)
 
     print("Predicted lower bounds on an H200, in milliseconds: nothing here was measured.")
-    print(f"{'':48} {'size':>6} {'ms':>9}  limit")
+    print(f"{'':52} {'size':>6} {'ms':>9}  limit")
     for each in bounds:
-        print(f"{each.operation:48} {each.size:>6} {each.milliseconds:9.3f}  {each.limit}")
+        print(f"{each.operation:52} {each.size:>6} {each.milliseconds:9.3f}  {each.limit}")
     if options.json:
         options.json.write_text(json.dumps([asdict(each) for each in bounds], indent=1) + "\n")
 

@@ -30,53 +30,75 @@ struct Taps {
   int count, size;
 };
 
-// A plane of a table. Strides are in elements; `row` and `column` are along the table's axes.
+// A plane of a table. Strides are in elements; `row` and `column` are along the table's axes, and
+// an offset along both of them must be below 2^30.
 struct TablePlane {
   const void* data;
-  Number number;
   int64_t batch_stride, channel_stride, row_stride, column_stride;
   const float* weight;  // [units][weight_stride], of which the first `channels` are the plane's
   int weight_stride;
   Taps rows, columns;
 };
 
+// Planes with the same weight are neighbours. Memory of tables is aligned to 16 bytes.
 struct Table {
-  int batch, channels, units, pitch;
+  int batch, channels, units;
+  int rows, columns, pitch;  // the pitch is a multiple of kTablePadding
+  Number number;             // of all the planes
   int plane_count;
   TablePlane planes[kMaxPlanes];
 };
 
-// table = bias (or null: 0) + the planes' contributions. Without planes: the bias.
-cudaError_t tabulate(const Table&, int rows, int columns, const float* bias, float* table,
-                     cudaStream_t);
+constexpr int kTablePadding = 16;
 
-// How many partial sums `table_backward` leaves of a weight's gradient.
+// table = bias (or null: 0) + the planes' contributions. Without planes: the bias.
+cudaError_t tabulate(const Table&, const float* bias, float* table, cudaStream_t);
+
+// Partial sums of the first layer's gradient, by its strides; their sums over `count` are it.
+struct WeightPartials {
+  int count;
+  float* weights[kMaxPlanes];  // [count][units][channels], of all planes with the first's weight
+  int64_t partial_stride;
+  int unit_stride;
+  float* bias;  // [count][units], or null: not wanted
+};
+
+// A `count` that suits a table.
 int weight_partials(const Table&);
 
-// For every plane p: d_features[p] [B][channels][rows][columns], the gradient by the resampled
-// plane (null: not wanted); d_weights[p] [weight_partials][units][channels], to be summed (null:
-// not wanted).
-cudaError_t table_backward(const Table&, const float* d_table, float* const* d_features,
-                           float* const* d_weights, cudaStream_t);
+constexpr int kFeatureBlock = 8;
 
-// d_plane [B][channels], then by the strides given, as float32: the adjoint of the resampling.
-cudaError_t plane_gradient(const Table&, int plane, const float* d_features, float* d_plane,
-                           int64_t row_stride, int64_t column_stride, cudaStream_t);
+// The first of planes with the same weight stands for all of them. `d_features`: for every plane,
+// the gradient by what is looked up on it, [B][rows][blocks][pitch][kFeatureBlock], the channels in
+// blocks; null: not wanted. Of the table's gradient the padding is not looked at.
+cudaError_t table_backward(const Table&, const float* d_table, float* const* d_features,
+                           const WeightPartials*, cudaStream_t);
+
+// The gradient of a plane, of the planes' number type.
+struct PlaneGradient {
+  void* data;
+  int64_t batch_stride, channel_stride, row_stride, column_stride;
+};
+
+// For every plane, the adjoint of the lookup; here every plane needs `d_features`.
+cudaError_t plane_gradients(const Table&, const float* const* d_features,
+                            const PlaneGradient* d_planes, cudaStream_t);
 
 // ---------------------------------------------------------------------- grids (density_grid.cu)
 
-// A density field of a decoder of two layers on a grid, by its tables: see density_grid.cu. Tables
-// are contiguous, but for the slices: `rows` and `columns` may begin at a later one.
+// The tables of a density field whose decoder has two layers: see density_grid.cu.
 struct GridField {
   int units;
   int slices, rows, columns;          // of the part of the volume that is worked on
   int rows_pitch, columns_pitch;      // columns_pitch also of `third`
-  int64_t rows_batch, columns_batch;  // strides over samples
+  int64_t rows_batch, columns_batch;  // strides over samples: `slices` may be a part of them
   const float* rows_table;            // [B][slices][units][rows_pitch]
   const float* columns_table;         // [B][slices][units][columns_pitch]
   const float* third_table;           // [B][rows][units][columns_pitch], or null
-  const float* w2;                    // [units]
-  const float* b2;                    // [1]
+  const int32_t* plain;               // [B][slices], with a third table [B]; or null: all are plain
+  int64_t plain_batch;
+  const float* w2;  // [units]
+  const float* b2;  // [1]
   Hidden hidden;
   Output output;
 };
@@ -87,14 +109,40 @@ struct Volume {
   int64_t batch_stride, slice_stride, row_stride, column_stride;
 };
 
+// Marks as plain in `plain` the slices (with a third table: samples) whose tables have entries
+// beyond `largest` or are too small for the factored form, and replaces the other tables' entries
+// by their exponentials. With a third table, `statistics` has room for
+// [B][2 slices + rows][units + 1] floats.
+cudaError_t choose_forms(const GridField&, int batch, float largest, float* rows_table,
+                         float* columns_table, float* third_table, int32_t* plain,
+                         float* statistics, cudaStream_t);
+
 cudaError_t density_grid(const GridField&, int batch, Volume sigma, cudaStream_t);
 
-// Gradients of the tables, given that by sigma. d_rows and d_columns are laid out as the tables;
-// d_third is added to if `add_third`. d_w2 [B][slices][units] (null: not wanted) is to be summed.
-// Without `sigma`, d_sigma is the gradient by the raw density.
-cudaError_t density_grid_backward(const GridField&, int batch, Volume d_sigma, Volume sigma,
-                                  float* d_rows, float* d_columns, float* d_third, bool add_third,
-                                  float* d_w2, cudaStream_t);
+// The gradient by the raw density, [B][slices][rows][columns]: columns are contiguous, 16 bytes
+// aligned, a multiple of 4. The backward reads rows (and with a third table slices) up to the next
+// multiple of kGradientPadding: they must be there, and be 0.
+struct Gradient {
+  float* data;
+  int slices, rows, columns;  // with the padding
+  int64_t batch_stride, slice_stride, row_stride;
+};
+
+constexpr int kGradientPadding = 8;
+
+// Whether a volume's gradient can be read as it is.
+bool is_gradient(Volume d_sigma, int slices, int rows, int columns, bool third);
+
+// Fills `raw`, padding included, given the gradient by sigma. `sigma` is not looked at for the
+// output identity.
+cudaError_t raw_gradient(Volume d_sigma, Volume sigma, int batch, int slices, int rows, int columns,
+                         Output, Gradient raw, cudaStream_t);
+
+// Gradients of the tables (of their logarithms, where these are exponentials). d_rows, d_columns
+// and d_third are laid out as the tables and overwritten. d_w2 [B][slices][units] (null: not
+// wanted) is to be summed.
+cudaError_t density_grid_backward(const GridField&, int batch, Gradient, float* d_rows,
+                                  float* d_columns, float* d_third, float* d_w2, cudaStream_t);
 
 // How many partial sums a sample `density_grid_loss` leaves.
 int loss_partials(const GridField&);

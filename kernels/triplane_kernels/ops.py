@@ -1,7 +1,8 @@
 """The public operations: check the arguments, choose a backend, call it.
 
-Backends: "cpu", the C++ kernels, for tensors on the CPU; "triton" for a GPU; "reference", plain
-PyTorch, for every device and dtype. The kernels run as torch custom ops (`library`).
+Backends: "cpu", the C++ kernels, for tensors on the CPU; "triton" and "cuda" (CUDA C++) for a GPU;
+"reference", plain PyTorch, for every device and dtype. The kernels run as torch custom ops
+(`library`).
 
 What holds for all of them:
 
@@ -30,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from triplane_kernels import cpu, library, reference
+from triplane_kernels import cpu, cuda, library, reference
 from triplane_kernels.decoder import DensityMLP
 from triplane_kernels.grid import Grid
 from triplane_kernels.layout import TriplaneLayout
@@ -45,7 +46,9 @@ OPERATIONS = (
     "density_gradient",
 )
 
-_BACKENDS = ("cpu", "triton", "reference")  # best first; the last takes everything
+# Best first; the last takes everything. CUDA C++ comes before Triton once it is measured to be
+# faster: bench/results.
+_BACKENDS = ("cpu", "triton", "cuda", "reference")
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _GRID_OPERATIONS = ("density_grid", "density_grid_loss")
@@ -333,8 +336,8 @@ def _backend(
         refusal = _why_not(candidate, device)
         if not refusal and dtype != torch.float32:
             refusal = "it computes in float32, and an input is float64"
-        if not refusal and candidate == "cpu" and operation in _GRID_OPERATIONS:
-            refusal = cpu.why_not_grid(layout)
+        if not refusal:
+            refusal = _why_not_for(candidate, operation, decoder, layout, target)
         if not refusal:
             return candidate
         if name != "auto":
@@ -353,6 +356,28 @@ def _why_not(name: str, device: torch.device) -> str:
         return cpu.why_not(device)
     if name == "triton":
         return _why_not_triton(device)
+    if name == "cuda":
+        return cuda.why_not(device)
+    return ""
+
+
+def _why_not_for(
+    name: str,
+    operation: str,
+    decoder: DensityMLP | None,
+    layout: TriplaneLayout,
+    target: Target | None,
+) -> str:
+    """Why a backend that runs here has no kernel for a call; empty if it has."""
+    if operation in _GRID_OPERATIONS:
+        if name == "cpu":
+            return cpu.why_not_grid(layout)
+        if name == "cuda":
+            decoders = [decoder] if isinstance(target, Tensor | None) else [decoder, target[1]]
+            refusals = [cuda.why_not_grid(each, layout) for each in decoders if each is not None]
+            return next(filter(None, refusals), "")
+    elif name == "cuda":
+        return cuda.why_not_points(decoder, layout, all_rows=operation == "radiance")
     return ""
 
 

@@ -14,3 +14,6 @@ struct __half {
 inline float __half2float(__half value) {
   return static_cast<float>(emulator_bits<_Float16>(value.bits));
 }
+inline __half __float2half_rn(float value) {
+  return __half_raw{emulator_bits<unsigned short>(static_cast<_Float16>(value))};
+}

@@ -22,6 +22,7 @@
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 
 struct uint3 {
@@ -88,7 +89,6 @@ namespace emulator {
 
 struct Thread {
   uint3 thread, block;
-  dim3 block_size, grid_size;
   int lane, warp;
 };
 extern Thread* running;
@@ -128,8 +128,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 #define threadIdx (emulator::running->thread)
 #define blockIdx (emulator::running->block)
-#define blockDim (emulator::running->block_size)
-#define gridDim (emulator::running->grid_size)
+inline dim3 blockDim, gridDim;
 
 inline void __syncthreads() { emulator::block_barrier(); }
 inline int __syncthreads_or(int predicate) { return emulator::block_or(predicate); }

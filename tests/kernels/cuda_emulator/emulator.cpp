@@ -109,6 +109,8 @@ cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& body) {
   const char* order = std::getenv("CUDA_EMULATOR_ORDER");
   bool reversed = order != nullptr && std::strcmp(order, "reversed") == 0;
   body_of_thread = &body;
+  blockDim = block;
+  gridDim = grid;
   fibers.resize(count);
   warps.resize(count / kWarp);
   for (unsigned z = 0; z < grid.z; ++z)
@@ -123,8 +125,6 @@ cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& body) {
           fiber.thread.thread = {index % block.x, index / block.x % block.y,
                                  index / (block.x * block.y)};
           fiber.thread.block = {x, y, z};
-          fiber.thread.block_size = block;
-          fiber.thread.grid_size = grid;
           fiber.thread.lane = static_cast<int>(i % kWarp);
           fiber.thread.warp = static_cast<int>(i / kWarp);
           fiber.started = fiber.finished = false;
