@@ -31,6 +31,13 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   emulator::mma_m16n8k8_tf32(d, a, b);
 }
 inline void red_add(float4* to, float4 value) { atomicAdd(to, value); }
+template <class T>
+T* settled(T* at) {
+  return at;
+}
+inline float clamp_or_nan(float x, float low, float high) {
+  return x < low ? low : x > high ? high : x;
+}
 
 #else
 
@@ -74,6 +81,22 @@ __device__ __forceinline__ void red_add(float4* to, float4 value) {
   atomicAdd(&to->z, value.z);
   atomicAdd(&to->w, value.w);
 #endif
+}
+
+// The pointer itself, to global memory. The compiler works it out once, and does not make parts of
+// it part of every address that is relative to it.
+template <class T>
+__device__ __forceinline__ T* settled(T* at) {
+  size_t address = __cvta_generic_to_global(at);
+  asm("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
+}
+
+// x between two limits; a NaN stays.
+__device__ __forceinline__ float clamp_or_nan(float x, float low, float high) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(low));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(high));
+  return x;
 }
 
 #endif

@@ -184,6 +184,7 @@ To emulator_bits(From value) {
 }
 inline int __float_as_int(float x) { return emulator_bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return emulator_bits<unsigned>(x); }
+inline int __float2int_rd(float x) { return std::isnan(x) ? 0 : static_cast<int>(std::floor(x)); }
 inline float __int_as_float(int x) { return emulator_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return emulator_bits<float>(x); }
 
