@@ -81,7 +81,7 @@ def grid_loops(architecture: str) -> dict[str, dict[str, float]]:
     """Of every factored kernel on a grid, thread instructions a (voxel, hidden unit)."""
     found = {}
     for name, kernel in kernels(architecture).items():
-        if tile := re.fullmatch(r"density_kernel<(.*)>", name):
+        if tile := re.fullmatch(r"density_kernel<(\w+Tables.*)>", name):
             found[name] = forward_loop(kernel, tile[1])
         elif sweep := re.fullmatch(r"sweep_kernel<true, (\w+), \w+, (\d)>", name):
             found[name] = sweep_loop(kernel, sweep[1], int(sweep[2]))

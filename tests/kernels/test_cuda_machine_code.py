@@ -67,7 +67,7 @@ def test_registers(hopper: dict[str, sass.Function], kernel: str, blocks: int) -
     [
         ("TwoTables<1>", 13 / 16, 4, 6.25),
         ("TwoTables<2>", 25 / 32, 4.1, 6.25),
-        ("ThreeTables", 7 / 8, 4.1, 7),
+        ("ThreeTables", 7 / 8, 4.25, 7),
     ],
 )
 def test_forward(

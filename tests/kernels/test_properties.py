@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import triplane_kernels as tk
-from triplane_kernels import Grid, TriplaneLayout, cpu
+from triplane_kernels import Grid, TriplaneLayout
 
 # Not l1: where the difference is next to nothing its gradient depends on the last bit.
 OPERATIONS = [*KERNELS[:-1], "density_grid_loss_l2"]
@@ -43,7 +43,7 @@ LAYOUTS = st.builds(
 
 
 @st.composite
-def problems(draw: st.DrawFn, largest: int = 40) -> Problem:
+def problems(draw: st.DrawFn, largest: int = 40, hidden_layers: int | None = None) -> Problem:
     """Sizes around those at which vectors, blocks and tiles begin and end."""
     layout = draw(LAYOUTS)
     side = st.integers(1, largest)
@@ -58,14 +58,15 @@ def problems(draw: st.DrawFn, largest: int = 40) -> Problem:
     sizes = None
     if draw(st.booleans()):
         sizes = draw(st.lists(image, min_size=len(layout.axes), max_size=len(layout.axes)))
-    hidden_layers = draw(st.lists(st.integers(1, largest), max_size=3))
+    fewest, most = (0, 3) if hidden_layers is None else (hidden_layers, hidden_layers)
+    hidden = draw(st.lists(st.integers(1, largest), min_size=fewest, max_size=most))
     return Problem.random(
         layout,
         grid,
         batch=draw(st.integers(1, 3)),
         channels=draw(st.integers(1, 20)),
         sizes=sizes,
-        widths=(*hidden_layers, draw(st.integers(1, 4))),
+        widths=(*hidden, draw(st.integers(1, 4))),
         points=draw(st.integers(1, 2 * largest)),
         shared_points=draw(st.booleans()),
         hidden=draw(st.sampled_from(["softplus", "softplus", "relu", "silu"])),
@@ -74,15 +75,20 @@ def problems(draw: st.DrawFn, largest: int = 40) -> Problem:
     )
 
 
+def without_product(problem: Problem, name: str) -> Problem:
+    """For a backend whose grids cannot multiply."""
+    if name.startswith("density_grid") and problem.layout.reduce == "product":
+        return dataclasses.replace(
+            problem, layout=dataclasses.replace(problem.layout, reduce="sum")
+        )
+    return problem
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="without the C++ extension")
 @cases(80)
 @given(problem=problems(), name=st.sampled_from(OPERATIONS))
 def test_cpu(problem: Problem, name: str) -> None:
-    if name.startswith("density_grid") and cpu.why_not_grid(problem.layout):
-        problem = dataclasses.replace(
-            problem, layout=dataclasses.replace(problem.layout, reduce="sum")
-        )
-    assert_as_accurate_as_pytorch(problem, name, "cpu", slack=5)
+    assert_as_accurate_as_pytorch(without_product(problem, name), name, "cpu", slack=5)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton runs neither here nor interpreted")
@@ -90,6 +96,13 @@ def test_cpu(problem: Problem, name: str) -> None:
 @given(problem=problems(largest=9), name=st.sampled_from(OPERATIONS))
 def test_triton(problem: Problem, name: str) -> None:
     assert_as_accurate_as_pytorch(problem, name, "triton", slack=5)
+
+
+@pytest.mark.usefixtures("emulated")
+@cases(60)
+@given(problem=problems(hidden_layers=1), name=st.sampled_from(OPERATIONS))
+def test_cuda(problem: Problem, name: str) -> None:
+    assert_as_accurate_as_pytorch(without_product(problem, name), name, "cuda", slack=5)
 
 
 @cases(60)

@@ -14,12 +14,24 @@ from triplane_kernels.cuda.density_grid import (
     why_not_grid,
 )
 from triplane_kernels.cuda.launch import why_not
+from triplane_kernels.cuda.points import (
+    radiance,
+    radiance_backward,
+    sample_features,
+    sample_features_backward,
+    why_not_points,
+)
 
 __all__ = [
     "density_grid",
     "density_grid_backward",
     "density_grid_loss",
     "density_grid_loss_backward",
+    "radiance",
+    "radiance_backward",
+    "sample_features",
+    "sample_features_backward",
     "why_not",
     "why_not_grid",
+    "why_not_points",
 ]
