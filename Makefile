@@ -10,13 +10,13 @@ demo: install
 	$(BIN)/densityrl demo --out runs/demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 	$(BIN)/python -m pytest bench -k 64 --benchmark-disable  # that they run, not how fast
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*/*)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*/* tests/kernels/cuda_emulator/*)
 	$(BIN)/mypy
 
 install: $(INSTALLED)

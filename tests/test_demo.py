@@ -16,6 +16,7 @@ def test_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "HELD_OUT", range(1000, 1002))
     monkeypatch.setattr(module, "SHOWN", (1,))
     monkeypatch.setattr(module, "RESOLUTION", 16)
+    monkeypatch.setattr("densityrl.sample.TILE", 128)  # pixels: pictures take most of the time
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -16,6 +16,7 @@ from triplane_kernels import DensityMLP, Grid, library
 pytest.importorskip("triplane_kernels._cpu", reason="built without the C++ extension")
 
 GRID = Grid(lo=(-0.4, -0.3, -0.5), hi=(0.35, 0.4, 0.2), shape=(4, 3, 5))
+SMALL = dataclasses.replace(GRID, shape=(2, 3, 5))  # Triton's interpreter is slow
 LAYOUT = dataclasses.replace(tk.EG3D, extent=(1.0, 1.1, 0.9))
 BACKENDS = tk.available_backends("cpu")["density_grid"].available
 OPS = ("sample_features", "radiance", "density_grid", "density_grid_loss")
@@ -41,12 +42,12 @@ def groups_and_settings(name: str, form: str) -> tuple[library.Groups, library.S
     if name == "radiance":
         return (group, weights, biases, [points]), ("softplus", "exp", *layout)
     weights[-1], biases[-1] = weights[-1][:1], biases[-1][:1]
-    where = (*library.grid_settings(GRID), *layout)
+    where = (*library.grid_settings(SMALL), *layout)
     if name == "density_grid":
         return (group, weights, biases), ("softplus", "softplus", *where)
     activations = ("softplus", "identity", "softplus", "identity")
     if form == "separate":
-        volume = torch.zeros(2, *GRID.shape)
+        volume = torch.zeros(2, *SMALL.shape)
         return (group, weights, biases, [volume], [], [], []), (*activations, "l2", *where)
     other = [planes.detach().flip(0).requires_grad_(planes.requires_grad)]
     groups = (group, weights, biases, [], other, weights, biases)
