@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from triplane_kernels.decoder import DensityMLP
@@ -124,3 +125,13 @@ class Backend(Protocol):
 
         For a volume `target_needs.planes` asks for its gradient. The gradient of |x| at 0 is 0.
         """
+
+
+def zero_gradients(field: Field, needs: Needs) -> Gradients:
+    """The gradients of a volume without samples."""
+    weights = field.decoder.weights
+    return Gradients(
+        planes=[torch.zeros_like(plane) for plane in field.planes] if needs.planes else None,
+        weights=[torch.zeros_like(weight) for weight in weights] if needs.decoder else None,
+        biases=[weight.new_zeros(len(weight)) for weight in weights] if needs.decoder else None,
+    )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from triplane_kernels.backend import Field, Gradients, Needs
+from triplane_kernels.backend import Field, Gradients, Needs, zero_gradients
 from triplane_kernels.cuda import launch
 from triplane_kernels.cuda.launch import address, empty
 from triplane_kernels.cuda.tables import gradients_of_first_layer, tabulate
@@ -164,16 +164,6 @@ def density_grid_loss_backward(
     return d_field, Gradients() if d_theirs is None else d_theirs.of_inputs()
 
 
-def zero_gradients(field: Field, needs: Needs) -> Gradients:
-    """The gradients of a volume without samples."""
-    weights = field.decoder.weights
-    return Gradients(
-        planes=[torch.zeros_like(plane) for plane in field.planes] if needs.planes else None,
-        weights=[torch.zeros_like(weight) for weight in weights] if needs.decoder else None,
-        biases=[weight.new_zeros(len(weight)) for weight in weights] if needs.decoder else None,
-    )
-
-
 # --------------------------------------------------------------------------------------- parts
 
 
@@ -244,7 +234,7 @@ class TableGradients:
 
     def __init__(self, volume: GridVolume, needs: Needs) -> None:
         self._volume, self._needs = volume, needs
-        rows, columns, third = volume.tables
+        rows, columns, _ = volume.tables
         self._d_rows, self._d_columns = torch.empty_like(rows), torch.empty_like(columns)
         self._d_third: Tensor | None = None
         self._d_w2 = torch.zeros_like(volume.w2)

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from triplane_kernels.backend import Field, Gradients, Needs
+from triplane_kernels.backend import Field, Gradients, Needs, zero_gradients
 from triplane_kernels.decoder import Output
 from triplane_kernels.frame import Frame, Tables, padded
 from triplane_kernels.grid import Grid
@@ -106,16 +106,6 @@ def grid_field(
     if len(field.decoder.weights) == 2 and layout.reduce != "product":
         return TwoLayerField(field, grid, layout, needs)
     return DeepField(field, grid, layout, needs)
-
-
-def zero_gradients(field: Field, needs: Needs) -> Gradients:
-    """The gradients of a volume without samples."""
-    weights = field.decoder.weights
-    return Gradients(
-        planes=[torch.zeros_like(plane) for plane in field.planes] if needs.planes else None,
-        weights=[torch.zeros_like(weight) for weight in weights] if needs.decoder else None,
-        biases=[weight.new_zeros(len(weight)) for weight in weights] if needs.decoder else None,
-    )
 
 
 # --------------------------------------------------------------------------------- two layers

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from triplane_kernels.backend import Field, Gradients, Needs
+from triplane_kernels.backend import Field, Gradients, Needs, zero_gradients
 from triplane_kernels.grid import Grid
 from triplane_kernels.layout import TriplaneLayout
 from triplane_kernels.triton.density_grid import (
@@ -23,7 +23,6 @@ from triplane_kernels.triton.density_grid import (
     forward_launch,
     forward_programs,
     grid_field,
-    zero_gradients,
 )
 from triplane_kernels.triton.grid_kernels import loss_kernel
 from triplane_kernels.triton.launch import Launch, on_device_of
