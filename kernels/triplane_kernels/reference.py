@@ -464,6 +464,38 @@ def reduce_backward(
     return [d_feature / count if layout.reduce == "mean" else d_feature] * count
 
 
+def add_in_fixed_order(
+    d_images: Sequence[Tensor],
+    d_features: Tensor,
+    images: Sequence[Tensor],
+    points: Tensor,
+    layout: TriplaneLayout,
+) -> None:
+    """Adds the planes' gradients, given that by the features, to `d_images`.
+
+    Images and their gradients are [B, H, W, C]. PyTorch has sums that are the same at every run
+    under `torch.use_deterministic_algorithms`.
+    """
+    lookups = [
+        Lookup.at(
+            points.expand(image.shape[0], -1, -1),
+            Image(image.flatten(0, 2).float(), image.shape[1], image.shape[2]),
+            axes,
+            layout,
+        )
+        for image, axes in zip(images, layout.axes, strict=True)
+    ]
+    values = [d_features] * len(lookups)  # only a product's derivative looks at them
+    if layout.reduce == "product":
+        values = [lookup.value() for lookup in lookups]
+    d_values = reduce_backward(d_features, values, layout)
+    for lookup, d_value, d_image in zip(lookups, d_values, d_images, strict=True):
+        rows = d_image.view(-1, d_image.shape[-1])
+        weights = [b * a for b in lookup.b.weight for a in lookup.a.weight]
+        for pixel, weight in zip(lookup.pixels.unbind(1), weights, strict=True):
+            rows.index_add_(0, pixel, (weight[..., None] * d_value).flatten(0, 1))
+
+
 # ------------------------------------------------------------------------------------ decoder
 
 

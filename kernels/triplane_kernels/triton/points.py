@@ -253,7 +253,9 @@ class _LookupGradients:
         """Takes in the part of the points that `lookup` holds; d_features [B, M', C']."""
         d_images, d_points = self.images, None
         if d_images is not None and torch.are_deterministic_algorithms_enabled():
-            _add_in_fixed_order(lookup, d_features, d_images)
+            reference.add_in_fixed_order(
+                d_images, d_features, lookup.images, lookup.points, lookup.layout
+            )
             d_images = None
         if self.points is not None:
             d_points = self.points.new_empty(lookup.batch, lookup.count, 3)
@@ -276,30 +278,6 @@ class _LookupGradients:
             plane.new_empty(plane.shape).copy_(image.permute(0, 3, 1, 2))
             for plane, image in zip(planes, self.images, strict=True)
         ]
-
-
-def _add_in_fixed_order(lookup: _Lookup, d_features: Tensor, d_images: tuple[Tensor, ...]) -> None:
-    """Adds to the gradients of the planes by sums that are the same at every run."""
-    layout = lookup.layout
-    points = lookup.points.expand(lookup.batch, -1, -1)
-    lookups = [
-        reference.Lookup.at(
-            points,
-            reference.Image(image.flatten(0, 2).float(), image.shape[1], image.shape[2]),
-            axes,
-            layout,
-        )
-        for image, axes in zip(lookup.images, layout.axes, strict=True)
-    ]
-    values = [d_features] * len(lookups)  # only a product's derivative looks at them
-    if layout.reduce == "product":
-        values = [each.value() for each in lookups]
-    d_values = reference.reduce_backward(d_features, values, layout)
-    for each, d_value, d_image in zip(lookups, d_values, d_images, strict=True):
-        rows = d_image.view(-1, lookup.channels)
-        weights = [b * a for b in each.b.weight for a in each.a.weight]
-        for pixel, weight in zip(each.pixels.unbind(1), weights, strict=True):
-            rows.index_add_(0, pixel, (weight[..., None] * d_value).flatten(0, 1))
 
 
 # ------------------------------------------------------------------------------------ decoder

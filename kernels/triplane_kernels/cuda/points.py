@@ -1,0 +1,330 @@
+"""Features and density at arbitrary points: the kernels of csrc/cuda/points.cu.
+
+Planes are read where they lie if they lie channels-last, and are copied if not. The gradient by the
+features is written for a bounded number of points, small enough to stay in the level-2 cache, and
+carried on to planes and points by a second kernel: with atomic additions, or, under
+`torch.use_deterministic_algorithms`, by PyTorch's sorted ones. All other sums have a fixed order,
+which does not depend on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triplane_kernels import reference
+from triplane_kernels.backend import Field, Gradients, Needs
+from triplane_kernels.cuda import launch
+from triplane_kernels.cuda.launch import NUMBERS, address, empty
+from triplane_kernels.decoder import DensityMLP
+from triplane_kernels.layout import TriplaneLayout
+
+CHUNK_BYTES = 2**25  # of the features' gradient: what fits in the level-2 cache of an A100
+PARTS = 32  # the points of a chunk are a multiple: what is a warp's at a time
+
+# What the kernels take: kernels.h.
+MOST_PLANES = 6
+MOST_WIDTH = 96
+MOST_UNITS = 64
+MOST_REST = 64
+
+
+def why_not_points(
+    decoder: DensityMLP | None, layout: TriplaneLayout, all_rows: bool = True
+) -> str:
+    """Why points of a layout, and of a decoder if there is one, cannot be computed; or empty.
+
+    Without `all_rows` only the last layer's first row, the density, is asked for.
+    """
+    planes = len(layout.axes)
+    if planes > MOST_PLANES:
+        return f"layouts of more than {MOST_PLANES} planes have no CUDA point kernel"
+    if decoder is None:
+        return ""
+    width, rest = decoder.in_channels, decoder.out_channels - 1 if all_rows else 0
+    if layout.reduce.startswith("concat"):
+        width = planes * _in_eights(width // planes)  # each plane's channels are padded
+    if len(decoder.weights) != 2 or width > MOST_WIDTH or decoder.weights[0].shape[0] > MOST_UNITS:
+        return (
+            f"decoders of other than two layers, or wider than {MOST_WIDTH} -> {MOST_UNITS}, "
+            "have no CUDA point kernel"
+        )
+    if rest > MOST_REST:
+        return f"decoders of more than {MOST_REST} features have no CUDA point kernel"
+    return ""
+
+
+def _in_eights(channels: int) -> int:
+    return -(-channels // 8) * 8
+
+
+# ---------------------------------------------------------------------------------- operations
+
+
+@torch.no_grad()
+def sample_features(planes: Sequence[Tensor], points: Tensor, layout: TriplaneLayout) -> Tensor:
+    """See `Backend.sample_features`."""
+    lookup = _Lookup.of(planes, points, layout)
+    features = empty(points, lookup.batch, lookup.count, lookup.width)
+    launch.extension.sample_features(
+        field=lookup.described(), features=address(features), **launch.queue(points)
+    )
+    return features
+
+
+@torch.no_grad()
+def sample_features_backward(
+    d_features: Tensor,
+    planes: Sequence[Tensor],
+    points: Tensor,
+    layout: TriplaneLayout,
+    needs: Needs,
+) -> Gradients:
+    """See `Backend.sample_features_backward`."""
+    lookup = _Lookup.of(planes, points, layout)
+    sums = _LookupGradients.zeros(lookup, needs)
+    for part in lookup.parts():
+        sums.add(lookup.at(part), d_features[:, part].contiguous(), part)
+    return Gradients(planes=sums.of_planes(planes), points=sums.points)
+
+
+@torch.no_grad()
+def radiance(field: Field, points: Tensor, layout: TriplaneLayout) -> tuple[Tensor, Tensor]:
+    """See `Backend.radiance`."""
+    lookup, decoder = _Lookup.of(field.planes, points, layout), _Decoder.of(field.decoder)
+    sigma = empty(points, lookup.batch, lookup.count)
+    rest = empty(points, lookup.batch, lookup.count, field.decoder.out_channels - 1)
+    launch.extension.radiance(
+        field=lookup.described(),
+        decoder=decoder.described(),
+        sigma=address(sigma),
+        rest=address(rest),
+        **launch.queue(points),
+    )
+    return sigma, rest
+
+
+@torch.no_grad()
+def radiance_backward(
+    d_sigma: Tensor,
+    d_features: Tensor,
+    sigma: Tensor,
+    field: Field,
+    points: Tensor,
+    layout: TriplaneLayout,
+    needs: Needs,
+) -> Gradients:
+    """See `Backend.radiance_backward`."""
+    lookup, decoder = _Lookup.of(field.planes, points, layout), _Decoder.of(field.decoder)
+    sums = _LookupGradients.zeros(lookup, needs)
+    d_parameters = points.new_zeros(decoder.numel) if needs.decoder else None
+    for part in lookup.parts():
+        piece = lookup.at(part)
+        described = piece.described(), decoder.described()
+        given = [each[:, part].contiguous() for each in (d_sigma, d_features, sigma)]
+        d_feature = partials = None
+        if needs.planes or needs.points:
+            d_feature = empty(points, piece.batch, piece.count, piece.width)
+        if d_parameters is not None:
+            partials = empty(points, launch.extension.radiance_partials(*described), decoder.numel)
+        launch.extension.radiance_backward(
+            field=described[0],
+            decoder=described[1],
+            d_sigma=address(given[0]),
+            d_rest=address(given[1]),
+            sigma=address(given[2]),
+            d_features=address(d_feature),
+            partials=address(partials),
+            **launch.queue(points),
+        )
+        if d_feature is not None:
+            sums.add(piece, d_feature, part)
+        if d_parameters is not None and partials is not None:
+            d_parameters += partials.sum(dim=0)
+    weights, biases = (None, None) if d_parameters is None else decoder.split(d_parameters)
+    return Gradients(sums.of_planes(field.planes), weights, biases, sums.points)
+
+
+# -------------------------------------------------------------------------------------- lookup
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """Points, and the planes to look them up on, as the kernels take them.
+
+    images  one [B, H, W, C] a plane; within a sample contiguous.
+    points  [B, M, 3] or [1, M, 3]; within a sample contiguous.
+    """
+
+    images: tuple[Tensor, ...]
+    points: Tensor
+    layout: TriplaneLayout
+
+    @classmethod
+    def of(cls, planes: Sequence[Tensor], points: Tensor, layout: TriplaneLayout) -> _Lookup:
+        return cls(tuple(_channels_last(plane) for plane in planes), points.contiguous(), layout)
+
+    @property
+    def batch(self) -> int:
+        return self.images[0].shape[0]
+
+    @property
+    def count(self) -> int:
+        """Points a sample."""
+        return self.points.shape[1]
+
+    @property
+    def channels(self) -> int:
+        """Of a plane."""
+        return self.images[0].shape[-1]
+
+    @property
+    def width(self) -> int:
+        """Length of the reduced feature."""
+        return self.layout.feature_channels(self.channels)
+
+    def at(self, part: slice) -> _Lookup:
+        """The lookup of a part of the points."""
+        return replace(self, points=self.points[:, part])
+
+    def parts(self) -> Iterator[slice]:
+        """Parts of the points whose features fit CHUNK_BYTES."""
+        step = max(1, CHUNK_BYTES // (4 * PARTS * self.width * max(1, self.batch))) * PARTS
+        return (slice(i, min(i + step, self.count)) for i in range(0, self.count, step))
+
+    def described(self) -> Any:
+        """The extension's PointField. It holds addresses: keep the lookup until it is used."""
+        layout = self.layout
+        rates = [2 / extent for extent in layout.extents]
+        return launch.extension.PointField(
+            batch=self.batch,
+            channels=self.channels,
+            planes=[
+                launch.extension.PointPlane(
+                    data=address(image),
+                    batch_stride=image.stride(0) if self.batch > 1 else 0,
+                    height=image.shape[1],
+                    width=image.shape[2],
+                    axis_across=a,
+                    axis_down=b,
+                    rate_across=rates[a],
+                    rate_down=rates[b],
+                )
+                for image, (a, b) in zip(self.images, layout.axes, strict=True)
+            ],
+            number=NUMBERS[self.images[0].dtype],
+            combine=layout.reduce,
+            border=layout.padding == "border",
+            align_corners=layout.align_corners,
+            count=self.count,
+            points=address(self.points),
+            points_stride=self.points.stride(0) if self.points.shape[0] > 1 else 0,
+        )
+
+
+def _channels_last(plane: Tensor) -> Tensor:
+    """A plane [B, C, H, W] as [B, H, W, C], every sample contiguous."""
+    image = plane.permute(0, 2, 3, 1)
+    return image if image[:1].is_contiguous() else image.contiguous()
+
+
+@dataclass(frozen=True)
+class _LookupGradients:
+    """Gradients of planes and points, summed up part by part.
+
+    images  one float32 [B, H, W, C] a plane, or None.
+    points  of the points' own shape, or None.
+    """
+
+    images: tuple[Tensor, ...] | None
+    points: Tensor | None
+
+    @classmethod
+    def zeros(cls, lookup: _Lookup, needs: Needs) -> _LookupGradients:
+        images = points = None
+        if needs.planes:
+            images = tuple(lookup.points.new_zeros(image.shape) for image in lookup.images)
+        if needs.points:
+            points = torch.zeros_like(lookup.points)
+        return cls(images, points)
+
+    def add(self, lookup: _Lookup, d_features: Tensor, part: slice) -> None:
+        """Takes in the part of the points that `lookup` holds; d_features [B, M', C']."""
+        d_images, d_points = self.images, None
+        if d_images is not None and torch.are_deterministic_algorithms_enabled():
+            reference.add_in_fixed_order(
+                d_images, d_features, lookup.images, lookup.points, lookup.layout
+            )
+            d_images = None
+        if self.points is not None:
+            d_points = empty(d_features, lookup.batch, lookup.count, 3)
+        if d_images is not None or d_points is not None:
+            launch.extension.sample_features_backward(
+                field=lookup.described(),
+                d_features=address(d_features),
+                d_planes=[address(image) for image in d_images or ()],
+                d_points=address(d_points),
+                **launch.queue(d_features),
+            )
+        if self.points is not None and d_points is not None:
+            self.points[:, part] = d_points.sum_to_size(lookup.points.shape)
+
+    def of_planes(self, planes: Sequence[Tensor]) -> list[Tensor] | None:
+        """In the planes' shape and dtype."""
+        if self.images is None:
+            return None
+        return [
+            plane.new_empty(plane.shape).copy_(image.permute(0, 3, 1, 2))
+            for plane, image in zip(planes, self.images, strict=True)
+        ]
+
+
+# ------------------------------------------------------------------------------------- decoder
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """A decoder of two layers, contiguous."""
+
+    mlp: DensityMLP
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, decoder: DensityMLP) -> _Decoder:
+        if len(decoder.weights) != 2:
+            raise ValueError(f"A decoder of two layers, got {len(decoder.weights)}.")
+        weights = tuple(weight.contiguous() for weight in decoder.weights)
+        biases = tuple(bias.contiguous() for bias in decoder.biases if bias is not None)
+        return cls(decoder, weights, biases)
+
+    @property
+    def numel(self) -> int:
+        """Of all parameters."""
+        return sum(parameter.numel() for parameter in (*self.weights, *self.biases))
+
+    def described(self) -> Any:
+        """The extension's Decoder, of addresses."""
+        units, width = self.weights[0].shape
+        return launch.extension.Decoder(
+            width=width,
+            units=units,
+            rest=self.mlp.out_channels - 1,
+            w1=address(self.weights[0]),
+            b1=address(self.biases[0]),
+            w2=address(self.weights[1]),
+            b2=address(self.biases[1]),
+            hidden=self.mlp.hidden,
+            output=self.mlp.output,
+        )
+
+    def split(self, parameters: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What is laid out like all weights and then all biases, as weights and biases."""
+        like = (*self.weights, *self.biases)
+        parts = parameters.split([each.numel() for each in like])
+        shaped = [part.view(each.shape) for part, each in zip(parts, like, strict=True)]
+        return shaped[:2], shaped[2:]
