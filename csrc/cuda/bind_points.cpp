@@ -92,20 +92,21 @@ void bind_points(py::module_& m) {
       },
       py::kw_only(), py::arg("field"), py::arg("decoder"), py::arg("sigma"), py::arg("rest"),
       py::arg("device"), py::arg("stream"));
-  m.def("radiance_partials", &radiance_partials, py::arg("field"), py::arg("decoder"));
+  m.def("radiance_partials", &radiance_partials, py::arg("field"));
   m.def(
       "radiance_backward",
       [](const PointField& field, const Decoder& decoder, Address d_sigma, Address d_rest,
-         Address sigma, Address d_features, Address partials, int device, Address stream) {
+         Address sigma, Address d_features, int blocks, Address partials, int device,
+         Address stream) {
         enqueue("radiance backward", device, stream, [&](cudaStream_t s) {
           return radiance_backward(field, decoder, at<const float>(d_sigma),
                                    at<const float>(d_rest), at<const float>(sigma),
-                                   at<float>(d_features), at<float>(partials), s);
+                                   at<float>(d_features), blocks, at<float>(partials), s);
         });
       },
       py::kw_only(), py::arg("field"), py::arg("decoder"), py::arg("d_sigma"), py::arg("d_rest"),
-      py::arg("sigma"), py::arg("d_features"), py::arg("partials"), py::arg("device"),
-      py::arg("stream"));
+      py::arg("sigma"), py::arg("d_features"), py::arg("blocks"), py::arg("partials"),
+      py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace densityrl::cuda

@@ -186,14 +186,16 @@ struct Decoder {
   Output output;
 };
 
-constexpr int kMaxWidth = 96;  // of a reduced feature that the kernels with a decoder take
+// What the kernels with a decoder take. In a concat, the channels of a plane count as the next
+// multiple of 16.
+constexpr int kMaxWidth = 96;
 constexpr int kMaxUnits = 64;
 constexpr int kMaxRest = 64;
 
 // features [B][count][width]
 cudaError_t sample_features(const PointField&, float* features, cudaStream_t);
 
-// Adds to d_planes[p], float32 and laid out as the plane (all null: not wanted), by atomic
+// Adds to d_planes[p], float32 [B][height][width][channels] (all null: not wanted), by atomic
 // additions; writes d_points [B][count][3] (null: not wanted).
 cudaError_t sample_features_backward(const PointField&, const float* d_features,
                                      float* const* d_planes, float* d_points, cudaStream_t);
@@ -201,13 +203,14 @@ cudaError_t sample_features_backward(const PointField&, const float* d_features,
 // sigma [B][count], rest [B][count][rest]
 cudaError_t radiance(const PointField&, const Decoder&, float* sigma, float* rest, cudaStream_t);
 
-// How many partial sums `radiance_backward` leaves of the parameters' gradients.
-int radiance_partials(const PointField&, const Decoder&);
+// Into how many partial sums `radiance_backward` is best divided; the same on every device.
+int radiance_partials(const PointField&);
 
-// d_features [B][count][width], the gradient by the reduced features (null: not wanted), and
-// partials [radiance_partials][parameters] (null: not wanted), in the order w1, w2, b1, b2.
+// d_features [B][count][width], the gradient by the reduced features (null: not wanted), and the
+// parameters' gradients in the order w1, w2, b1, b2, as partials [blocks][parameters] to be summed
+// (null: not wanted).
 cudaError_t radiance_backward(const PointField&, const Decoder&, const float* d_sigma,
                               const float* d_rest, const float* sigma, float* d_features,
-                              float* partials, cudaStream_t);
+                              int blocks, float* partials, cudaStream_t);
 
 }  // namespace densityrl::cuda

@@ -9,21 +9,20 @@
 //   decoder   the first layer on the tensor cores, with the hidden units' values in registers
 //   output    the density row as a dot product in float32, other rows on the tensor cores again
 //
-// Nothing is rearranged between the steps. A matrix product does not mind in which order it sums,
-// so channel k of the fragments of mma.m16n8k8 can be whichever the lane has gathered, if the
-// weights are laid out the same way; and hidden units 2t and 2t + 1, which a lane holds of one
-// product's result, can be rows t and t + 4 of the next one's operand.
+// Nothing is rearranged between the steps. A matrix product does not mind in which order it sums:
+// channel k of the fragments of mma.m16n8k8 can be any that the lane has gathered, if the weights
+// are laid out likewise; and hidden units 2t and 2t + 1, which a lane has of one product's result,
+// can be rows t and t + 4 of the next one's operand.
 //
-// The tensor cores' tf32 has 11 bits of a number: numbers are split into two, and products are
-// made of three. What is left out is 2^-22.
+// The tensor cores' tf32 has 11 of a float's 24 bits. Numbers are split into two of them, and a
+// product is made of three.
 //
-// The backward recomputes. Its warps take 16 points each, and keep the gradient of 32 columns of a
-// weight in registers from their first tile to their last; the sums have a fixed order. The
-// gradient by the features goes to memory, and a second kernel carries it on to the planes (by
-// atomic additions: the one thing here that has no fixed order) and to the points.
+// The backward recomputes. The warps of a block take 16 points each, and share the work on the
+// gradient of 32 columns of a weight, which stays in registers until the last tile; its sums have a
+// fixed order. The gradient by the features goes to memory, and a second kernel carries it on to
+// the planes (by atomic additions: the one thing here that has no fixed order) and to the points.
 
 #include <algorithm>
-#include <initializer_list>
 #include <type_traits>
 
 #include "device.cuh"
@@ -214,6 +213,7 @@ struct Tap {
   int index[2];
   float weight[2];
   float slope[2];  // of the weight, by the coordinate
+  bool moves;      // or the coordinate has no gradient at all
 };
 
 __device__ __forceinline__ Tap tap_of(const Side& side, const Point& point, bool border) {
@@ -223,11 +223,10 @@ __device__ __forceinline__ Tap tap_of(const Side& side, const Point& point, bool
   int low = __float2int_rd(pixel), high = low + 1;
   bool low_there = static_cast<unsigned>(low) < static_cast<unsigned>(side.size);
   bool high_there = static_cast<unsigned>(high) < static_cast<unsigned>(side.size);
-  bool moves = exact >= side.lowest && exact <= side.highest;
   return {{min(max(low, 0), side.size - 1), min(max(high, 0), side.size - 1)},
           {low_there ? 1.f - fraction : 0.f, high_there ? fraction : 0.f},
-          {moves && (border || low_there) ? -side.gain : 0.f,
-           moves && (border || high_there) ? side.gain : 0.f}};
+          {border || low_there ? -side.gain : 0.f, border || high_there ? side.gain : 0.f},
+          border ? exact >= side.lowest && exact <= side.highest : exact == exact};
 }
 
 // Of the points of a tile on one plane: the corners 00, 01, 10, 11, height first.
@@ -242,12 +241,8 @@ template <int points>
 struct Slopes {
   float4 across[points];
   float4 down[points];
+  bool across_moves[points], down_moves[points];
 };
-
-// Where a coordinate cannot move a weight, the product is 0 even if the other factor is a NaN.
-__device__ __forceinline__ float slope_times(float slope, float weight) {
-  return slope == 0.f ? 0.f : slope * weight;
-}
 
 template <int points>
 __device__ __forceinline__ void find_corners(const Lookup& lookup, const Image& image,
@@ -263,11 +258,12 @@ __device__ __forceinline__ void find_corners(const Lookup& lookup, const Image& 
   corners.weights[i] = {b.weight[0] * a.weight[0], b.weight[0] * a.weight[1],
                         b.weight[1] * a.weight[0], b.weight[1] * a.weight[1]};
   if (slopes != nullptr) {
-    slopes->across[i] = {slope_times(a.slope[0], b.weight[0]), slope_times(a.slope[1], b.weight[0]),
-                         slope_times(a.slope[0], b.weight[1]),
-                         slope_times(a.slope[1], b.weight[1])};
-    slopes->down[i] = {slope_times(b.slope[0], a.weight[0]), slope_times(b.slope[0], a.weight[1]),
-                       slope_times(b.slope[1], a.weight[0]), slope_times(b.slope[1], a.weight[1])};
+    slopes->across[i] = {a.slope[0] * b.weight[0], a.slope[1] * b.weight[0],
+                         a.slope[0] * b.weight[1], a.slope[1] * b.weight[1]};
+    slopes->down[i] = {b.slope[0] * a.weight[0], b.slope[0] * a.weight[1], b.slope[1] * a.weight[0],
+                       b.slope[1] * a.weight[1]};
+    slopes->across_moves[i] = a.moves;
+    slopes->down_moves[i] = b.moves;
   }
   __syncwarp();
 }
@@ -470,13 +466,37 @@ __device__ __forceinline__ void carry_back(const Lookup& lookup, const Image& im
           d.w = fmaf(at.v11[j], d_value[j], d.w);
         }
         auto move = [&](int axis, float4 s) {
-          if (s.x == 0.f && s.y == 0.f && s.z == 0.f && s.w == 0.f) return;
           float sum = fmaf(s.x, d.x, fmaf(s.y, d.y, fmaf(s.z, d.z, s.w * d.w)));
 #pragma unroll
-          for (int k = 0; k < 3; ++k) d_points[k][row] += k == axis ? sum : 0.f;
+          for (int k = 0; k < 3; ++k)
+            if (k == axis) d_points[k][row] += sum;
         };
-        move(image.across.axis, slopes.across[i]);
-        move(image.down.axis, slopes.down[i]);
+        // What cannot move has no gradient even if the rest is a NaN.
+        if (slopes.across_moves[i]) move(image.across.axis, slopes.across[i]);
+        if (slopes.down_moves[i]) move(image.down.axis, slopes.down[i]);
+      }
+    }
+  });
+}
+
+// The gradient by a part of the feature; 0 at points behind the last.
+template <class Channels>
+__device__ __forceinline__ void load_gradient(const Lookup& lookup, const Tile<kPointsRows>& tile,
+                                              const Part<Channels>& part, const float* d_features,
+                                              float (&d_values)[kPointsRows][kSlots]) {
+  for_vectors<Channels>(lookup, part.channel, [&](int slot, int channel) {
+#pragma unroll
+    for (int row = 0; row < kPointsRows; ++row) {
+      bool there = tile.point(row) < lookup.count;
+      const float* from = d_features + tile.index(lookup, tile.point(row)) * lookup.width +
+                          part.column + channel - part.channel;
+      float* to = d_values[row] + slot;
+      if constexpr (Channels::kVector == 1) {
+        to[0] = there ? __ldg(from) : 0.f;
+      } else {
+        static_assert(Channels::kVector == 4);
+        float4 v = there ? __ldg(reinterpret_cast<const float4*>(from)) : make_float4(0, 0, 0, 0);
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
       }
     }
   });
@@ -496,48 +516,24 @@ __global__ void __launch_bounds__(kPointsThreads, product ? 3 : 4)
   float d_point[3][kPointsRows] = {};
 #pragma unroll 1
   for (Part<Channels> part(lookup); part.number < lookup.parts; part.advance(lookup)) {
-    float d_feature[kPointsRows][kSlots] = {};
-    for_vectors<Channels>(lookup, part.channel, [&](int slot, int channel) {
-#pragma unroll
-      for (int row = 0; row < kPointsRows; ++row) {
-        if (tile.point(row) >= lookup.count) continue;
-        const float* from = d_features + tile.index(lookup, tile.point(row)) * lookup.width +
-                            part.column + channel - part.channel;
-        if constexpr (Channels::kVector == 1) {
-          d_feature[row][slot] = __ldg(from);
-        } else {
-          static_assert(Channels::kVector == 4);
-          float4 v = __ldg(reinterpret_cast<const float4*>(from));
-          float* to = d_feature[row] + slot;
-          to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-        }
-      }
-    });
+    float d_values[kPointsRows][kSlots];
+    if (!product) load_gradient(lookup, tile, part, d_features, d_values);
 #pragma unroll 1
     for (int p = part.from; p < part.to; ++p) {
-      auto carry = [&](const float (&d_values)[kPointsRows][kSlots]) {
-        find_corners(lookup, lookup.images[p], point, corners,
-                     d_points == nullptr ? nullptr : &slopes);
-        carry_back<Channels>(lookup, lookup.images[p], tile, part.channel, corners, slopes,
-                             d_values, d_planes.at[p], d_points != nullptr, d_point);
-      };
       if constexpr (product) {
-        float d_value[kPointsRows][kSlots];
-#pragma unroll
-        for (int row = 0; row < kPointsRows; ++row)
-#pragma unroll
-          for (int slot = 0; slot < kSlots; ++slot) d_value[row][slot] = d_feature[row][slot];
+        load_gradient(lookup, tile, part, d_features, d_values);
 #pragma unroll 1
         for (int other = 0; other < lookup.planes; ++other) {
           if (other == p) continue;
           find_corners(lookup, lookup.images[other], point, corners);
           gather<Channels, true, kPointsRows>(lookup, lookup.images[other], tile.sample,
-                                              part.channel, corners, d_value);
+                                              part.channel, corners, d_values);
         }
-        carry(d_value);
-      } else {
-        carry(d_feature);
       }
+      find_corners(lookup, lookup.images[p], point, corners,
+                   d_points == nullptr ? nullptr : &slopes);
+      carry_back<Channels>(lookup, lookup.images[p], tile, part.channel, corners, slopes, d_values,
+                           d_planes.at[p], d_points != nullptr, d_point);
     }
   }
   if (d_points == nullptr) return;
@@ -566,9 +562,9 @@ __device__ __forceinline__ float splittable(float x) {
   return x == x ? __uint_as_float((__float_as_uint(x) + 2u) & ~3u) : x;
 }
 
-// A product on the tensor cores. These round towards zero at every step. So the small terms have a
-// sum of their own, and a product is taken out after a few steps and added where numbers are
-// rounded to nearest.
+// A product on the tensor cores, which round towards zero at every step. So the small terms have a
+// sum of their own; and after a few steps a product is added to where numbers are rounded to
+// nearest.
 struct Product {
   float large[4], small[4];
 
@@ -757,15 +753,13 @@ __device__ __forceinline__ void store_sigma(const Lookup& lookup, const Decoder&
 
 constexpr int kRadianceThreads = 256;
 constexpr int kRadianceWarps = kRadianceThreads / kWarp;
-
-// Two of which find room on a multiprocessor.
-#define DENSITYRL_RADIANCE_BOUNDS __launch_bounds__(kRadianceThreads, 2)
+constexpr int kRadianceBlocks = 2;  // that find room on a multiprocessor
 
 // Density alone, of decoders whose feature is one part. 32 points share every load of a weight.
 template <class Channels>
-__global__ void DENSITYRL_RADIANCE_BOUNDS density_kernel(const __grid_constant__ Lookup lookup,
-                                                         const __grid_constant__ Decoder decoder,
-                                                         float* sigma) {
+__global__ void __launch_bounds__(kRadianceThreads, kRadianceBlocks)
+    density_kernel(const __grid_constant__ Lookup lookup, const __grid_constant__ Decoder decoder,
+                   float* sigma) {
   constexpr int kTiles = 2, kRows = 2 * kTiles, kPoints = kRows * kWarpRows;
   __shared__ float4 w1[kBlockSteps][kUnitTiles][kWarp];  // high, high, low, low
   __shared__ UnitVectors vectors;
@@ -831,11 +825,12 @@ constexpr int kRestPairs = kMaxRest / 16;
 // Other rows of the last layer, in pairs of tiles of eight: a lane's entries for both.
 using OtherRows = float4[kRestPairs][kUnitTiles][kWarp];
 
-// Density and other rows, of a feature of any number of parts.
+// Density and other rows, of a feature of any number of parts; `in_pairs`: two columns of `rest`
+// can be written at once.
 template <class Channels>
-__global__ void DENSITYRL_RADIANCE_BOUNDS radiance_kernel(const __grid_constant__ Lookup lookup,
-                                                          const __grid_constant__ Decoder decoder,
-                                                          float* sigma, float* rest) {
+__global__ void __launch_bounds__(kRadianceThreads, kRadianceBlocks)
+    radiance_kernel(const __grid_constant__ Lookup lookup, const __grid_constant__ Decoder decoder,
+                    float* sigma, float* rest, bool in_pairs) {
   __shared__ FirstLayer w1;
   __shared__ OtherRows w2;
   __shared__ UnitVectors vectors;
@@ -914,7 +909,7 @@ __global__ void DENSITYRL_RADIANCE_BOUNDS radiance_kernel(const __grid_constant_
         if (tile.point(row) >= lookup.count) continue;
         float* to = rest + tile.index(lookup, tile.point(row)) * others + column;
         const float* r = raw[j / 2][j % 2] + 2 * row;
-        if (decoder.rest % 2 == 0) {
+        if (in_pairs) {
           *reinterpret_cast<float2*>(to) = make_float2(r[0] + b[0], r[1] + b[1]);
         } else {
           to[0] = r[0] + b[0];
@@ -930,11 +925,13 @@ __global__ void DENSITYRL_RADIANCE_BOUNDS radiance_kernel(const __grid_constant_
 constexpr int kBackwardThreads = 128;
 constexpr int kBackwardWarps = kBackwardThreads / kWarp;
 constexpr int kBackwardTile = 2 * kWarpRows;
-constexpr int kBackwardBlocks = 264;  // at most: a number of the device would decide about rounding
+// At most: three for each multiprocessor of an H100. A number of the device at hand would decide
+// about rounding.
+constexpr int kBackwardBlocks = 396;
 
-// A factor of a weight's gradient, a sum over points: 32 rows (units, or columns of the weight), of
-// which each has a warp's points, k and k + 8 together. A lane's rows are those of its quarter
-// modulo 4; rows are arranged such that neither writing nor reading has bank conflicts.
+// A factor of a weight's gradient, which is a sum over points: 32 rows (units, or columns of the
+// weight), each with the values at a warp's points, k and k + 8 together. The rows that a lane
+// writes are those of its quarter modulo 4. Neither writing nor reading has bank conflicts.
 struct Factor {
   float2 rows[kBlock][kWarpRows];
 
@@ -1412,30 +1409,31 @@ cudaError_t radiance(const PointField& field, const Decoder& decoder, float* sig
     if (is_too_large(field, decoder) || is_too_large(field, points)) return cudaErrorInvalidValue;
     Lookup lookup = lookup_of(field, points);
     dim3 grid;
-    cudaError_t status = blocks_for(lookup.tiles, kRadianceWarps, 2, grid);
+    cudaError_t status = blocks_for(lookup.tiles, kRadianceWarps, kRadianceBlocks, grid);
     if (status != cudaSuccess) return status;
     if (density)
       return launch(density_kernel<Channels>, grid, kRadianceThreads, stream, lookup, decoder,
                     sigma);
+    bool in_pairs = decoder.rest % 2 == 0 && reinterpret_cast<uintptr_t>(rest) % 8 == 0;
     return launch(radiance_kernel<Channels>, grid, kRadianceThreads, stream, lookup, decoder, sigma,
-                  rest);
+                  rest, in_pairs);
   });
 }
 
-int radiance_partials(const PointField& field, const Decoder&) {
+int radiance_partials(const PointField& field) {
   int64_t blocks = ceil_div(tiles_of(field, kBackwardTile), kBackwardWarps);
   return static_cast<int>(std::min<int64_t>(blocks, kBackwardBlocks));
 }
 
 cudaError_t radiance_backward(const PointField& field, const Decoder& decoder, const float* d_sigma,
                               const float* d_rest, const float* sigma, float* d_features,
-                              float* partials, cudaStream_t stream) {
+                              int blocks, float* partials, cudaStream_t stream) {
   if (is_empty(field) || (d_features == nullptr && partials == nullptr)) return cudaSuccess;
   if (is_too_large(field, decoder) || is_too_large(field, kBackwardTile))
     return cudaErrorInvalidValue;
   Lookup lookup = lookup_of(field, kBackwardTile);
   int jobs = lookup.parts + (partials == nullptr ? 0 : blocks_of(decoder.rest));
-  dim3 grid(static_cast<unsigned>(radiance_partials(field, decoder)), static_cast<unsigned>(jobs));
+  dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(jobs));
   return with_decoder_channels(field, d_features, [&](auto channels) {
     return launch(radiance_backward_kernel<decltype(channels)>, grid, kBackwardThreads, stream,
                   lookup, decoder, d_sigma, d_rest, sigma, d_features, partials);

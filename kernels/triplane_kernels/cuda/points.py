@@ -47,7 +47,8 @@ def why_not_points(
         return ""
     width, rest = decoder.in_channels, decoder.out_channels - 1 if all_rows else 0
     if layout.reduce.startswith("concat"):
-        width = planes * _in_eights(width // planes)  # each plane's channels are padded
+        blocks = -(-width // planes // 16)  # of 16 channels, to which each plane's are padded
+        width = planes * 16 * blocks
     if len(decoder.weights) != 2 or width > MOST_WIDTH or decoder.weights[0].shape[0] > MOST_UNITS:
         return (
             f"decoders of other than two layers, or wider than {MOST_WIDTH} -> {MOST_UNITS}, "
@@ -56,10 +57,6 @@ def why_not_points(
     if rest > MOST_REST:
         return f"decoders of more than {MOST_REST} features have no CUDA point kernel"
     return ""
-
-
-def _in_eights(channels: int) -> int:
-    return -(-channels // 8) * 8
 
 
 # ---------------------------------------------------------------------------------- operations
@@ -121,32 +118,40 @@ def radiance_backward(
     """See `Backend.radiance_backward`."""
     lookup, decoder = _Lookup.of(field.planes, points, layout), _Decoder.of(field.decoder)
     sums = _LookupGradients.zeros(lookup, needs)
-    d_parameters = points.new_zeros(decoder.numel) if needs.decoder else None
+    d_parameters = [torch.zeros_like(parameter) for parameter in decoder.parameters]
     for part in lookup.parts():
         piece = lookup.at(part)
-        described = piece.described(), decoder.described()
-        given = [each[:, part].contiguous() for each in (d_sigma, d_features, sigma)]
+        described = piece.described()
+        blocks = launch.extension.radiance_partials(described)
         d_feature = partials = None
         if needs.planes or needs.points:
             d_feature = empty(points, piece.batch, piece.count, piece.width)
-        if d_parameters is not None:
-            partials = empty(points, launch.extension.radiance_partials(*described), decoder.numel)
+        if needs.decoder:
+            partials = empty(points, blocks, decoder.numel)
+        given = [each[:, part].contiguous() for each in (d_sigma, d_features, sigma)]
         launch.extension.radiance_backward(
-            field=described[0],
-            decoder=described[1],
+            field=described,
+            decoder=decoder.described(),
             d_sigma=address(given[0]),
             d_rest=address(given[1]),
             sigma=address(given[2]),
             d_features=address(d_feature),
+            blocks=blocks,
             partials=address(partials),
             **launch.queue(points),
         )
         if d_feature is not None:
             sums.add(piece, d_feature, part)
-        if d_parameters is not None and partials is not None:
-            d_parameters += partials.sum(dim=0)
-    weights, biases = (None, None) if d_parameters is None else decoder.split(d_parameters)
-    return Gradients(sums.of_planes(field.planes), weights, biases, sums.points)
+        if partials is not None:
+            shares = partials.sum(dim=0).split([each.numel() for each in d_parameters])
+            for total, share in zip(d_parameters, shares, strict=True):
+                total += share.view_as(total)
+    return Gradients(
+        planes=sums.of_planes(field.planes),
+        weights=d_parameters[:2] if needs.decoder else None,
+        biases=d_parameters[2:] if needs.decoder else None,
+        points=sums.points,
+    )
 
 
 # -------------------------------------------------------------------------------------- lookup
@@ -303,9 +308,14 @@ class _Decoder:
         return cls(decoder, weights, biases)
 
     @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """In the order in which the kernels have their gradients."""
+        return *self.weights, *self.biases
+
+    @property
     def numel(self) -> int:
         """Of all parameters."""
-        return sum(parameter.numel() for parameter in (*self.weights, *self.biases))
+        return sum(parameter.numel() for parameter in self.parameters)
 
     def described(self) -> Any:
         """The extension's Decoder, of addresses."""
@@ -321,10 +331,3 @@ class _Decoder:
             hidden=self.mlp.hidden,
             output=self.mlp.output,
         )
-
-    def split(self, parameters: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """What is laid out like all weights and then all biases, as weights and biases."""
-        like = (*self.weights, *self.biases)
-        parts = parameters.split([each.numel() for each in like])
-        shaped = [part.view(each.shape) for part, each in zip(parts, like, strict=True)]
-        return shaped[:2], shaped[2:]
