@@ -9,7 +9,7 @@ import torch
 
 from densityrl import __version__
 from densityrl.generator import bundled_generators
-from triplane_kernels import available_backends, cpu
+from triplane_kernels import available_backends, cpu, cuda
 
 PACKAGES = ("triton", "numpy", "safetensors", "scikit-image", "trimesh")
 OPTIONAL = {"tensorboard": "curves in TensorBoard: pip install 'densityrl[tensorboard]'"}
@@ -38,6 +38,7 @@ def report() -> str:
         lines.append(f"CPU kernels: {missing}; {SLOWER}")
     else:
         lines.append(f"CPU kernels: compiled, {cpu.isa()} in use")
+    lines.append(f"CUDA kernels: {cuda.why_not(torch.device('cuda')) or 'compiled'}")
     lines.append(f"bundled generators: {', '.join(bundled_generators())}")
     for device in devices:
         lines.append(f"operations on {device}:")

@@ -151,6 +151,7 @@ def test_doctor():
     assert f"torch {torch.__version__}" in said
     assert "busts" in said
     assert re.search(r"CPU kernels: (compiled, \w+ in use|.+ takes .+ times)", said)
+    assert re.search(r"CUDA kernels: (compiled|the CUDA extension is not there .*nvcc)", said)
     for operation in ("density_grid", "radiance", "density_gradient"):
         assert re.search(rf"{operation}: \w+ \(.+\)", said)
 
