@@ -68,7 +68,10 @@ __host__ __device__ constexpr int steps_of(int channels) {
 template <Number number, int vector>
 struct Vectors {
   static constexpr int kVector = vector;
-  static constexpr int kBytes = vector * (number == Number::float32 ? 4 : 2);
+  static constexpr unsigned kBytes = vector * (number == Number::float32 ? 4 : 2);
+
+  // Of a channel: given what the launcher says.
+  __device__ __forceinline__ static unsigned bytes(unsigned) { return kBytes / vector; }
 
   __device__ __forceinline__ static void load(const char* at, Number, float (&to)[vector]) {
     uint32_t words[kBytes / 4];
@@ -95,6 +98,8 @@ struct Vectors {
 // One channel at a time, of any number.
 struct Singles {
   static constexpr int kVector = 1;
+
+  __device__ __forceinline__ static unsigned bytes(unsigned given) { return given; }
 
   __device__ __forceinline__ static void load(const char* at, Number number, float (&to)[1]) {
     if (number == Number::float32) {
@@ -287,23 +292,35 @@ template <class Channels, class Call>
 __device__ __forceinline__ void for_vectors(const Lookup& lookup, int channel, Call call) {
 #pragma unroll
   for (int slot = 0; slot < kSlots; slot += Channels::kVector) {
+    if (channel + channel_of<Channels::kVector>(0, slot) >= lookup.channels) break;
     int first = channel + channel_of<Channels::kVector>(quarter(), slot);
     if (first < lookup.channels) call(slot, first);
   }
 }
 
-__device__ __forceinline__ const char* first_pixel(const Lookup& lookup, const Image& image,
-                                                   unsigned sample, int channel) {
-  return settled(image.data + sample * image.batch_bytes + channel * lookup.channel_bytes);
+// A lane's first vector of channels, at an image's first pixel; the vectors of its other slots lie
+// at the same distances from there for all lanes.
+template <class Channels>
+__device__ __forceinline__ const char* first_vector(const Lookup& lookup, const Image& image,
+                                                    unsigned sample, int channel) {
+  int first = channel + channel_of<Channels::kVector>(quarter(), 0);
+  return settled(image.data + sample * image.batch_bytes +
+                 first * Channels::bytes(lookup.channel_bytes));
+}
+template <class Channels>
+__device__ __forceinline__ unsigned slot_bytes(const Lookup& lookup, int slot) {
+  return channel_of<Channels::kVector>(0, slot) * Channels::bytes(lookup.channel_bytes);
 }
 
-// Adds (multiplies) to a lane's slots what it finds on a plane.
-template <class Channels, bool product, int rows>
+// Adds what a lane finds on a plane to its slots; of a product, multiplies them by it.
+template <class Channels, int rows>
 __device__ __forceinline__ void gather(const Lookup& lookup, const Image& image, unsigned sample,
-                                       int channel, const Corners<rows * kWarpRows>& corners,
+                                       int channel, bool product,
+                                       const Corners<rows * kWarpRows>& corners,
                                        float (&values)[rows][kSlots]) {
-  for_vectors<Channels>(lookup, channel, [&](int slot, int first) {
-    const char* base = first_pixel(lookup, image, sample, first);
+  const char* start = first_vector<Channels>(lookup, image, sample, channel);
+  for_vectors<Channels>(lookup, channel, [&](int slot, int) {
+    const char* base = start + slot_bytes<Channels>(lookup, slot);
 #pragma unroll
     for (int row = 0; row < rows; ++row) {
       float4 weight = corners.weights[row * kWarpRows + row_of_lane()];
@@ -321,10 +338,10 @@ __device__ __forceinline__ void gather(const Lookup& lookup, const Image& image,
   });
 }
 
-template <class Channels, bool product, int rows>
+template <class Channels, int rows>
 __device__ __forceinline__ void reduce_planes(const Lookup& lookup, const Tile<rows>& tile,
                                               const Point& point, const Part<Channels>& part,
-                                              Corners<rows * kWarpRows>& corners,
+                                              bool product, Corners<rows * kWarpRows>& corners,
                                               float (&values)[rows][kSlots]) {
 #pragma unroll
   for (int row = 0; row < rows; ++row)
@@ -334,8 +351,7 @@ __device__ __forceinline__ void reduce_planes(const Lookup& lookup, const Tile<r
 #pragma unroll 1
   do {
     find_corners(lookup, lookup.images[p], point, corners);
-    gather<Channels, product, rows>(lookup, lookup.images[p], tile.sample, part.channel, corners,
-                                    values);
+    gather<Channels>(lookup, lookup.images[p], tile.sample, part.channel, product, corners, values);
   } while (++p < part.to);
 }
 
@@ -345,10 +361,14 @@ __device__ __forceinline__ void find_features(const Lookup& lookup, const Tile<r
                                               const Point& point, const Part<Channels>& part,
                                               Corners<rows * kWarpRows>& corners,
                                               float (&values)[rows][kSlots]) {
-  if (lookup.combine == Combine::product)
-    reduce_planes<Channels, true>(lookup, tile, point, part, corners, values);
+  bool product = lookup.combine == Combine::product;
+  // One loop for both would take instructions of every channel, two need more registers.
+  if (Channels::kVector == 1)
+    reduce_planes(lookup, tile, point, part, product, corners, values);
+  else if (product)
+    reduce_planes(lookup, tile, point, part, true, corners, values);
   else
-    reduce_planes<Channels, false>(lookup, tile, point, part, corners, values);
+    reduce_planes(lookup, tile, point, part, false, corners, values);
 }
 
 // ------------------------------------------------------------------------------------ features
@@ -371,7 +391,7 @@ __global__ void __launch_bounds__(kPointsThreads, 4)
 #pragma unroll 1
   for (Part<Channels> part(lookup); part.number < lookup.parts; part.advance(lookup)) {
     float values[kPointsRows][kSlots];
-    find_features<Channels, kPointsRows>(lookup, tile, point, part, corners[warp()], values);
+    find_features(lookup, tile, point, part, corners[warp()], values);
     for_vectors<Channels>(lookup, part.channel, [&](int slot, int channel) {
 #pragma unroll
       for (int row = 0; row < kPointsRows; ++row) {
@@ -430,8 +450,9 @@ __device__ __forceinline__ void carry_back(const Lookup& lookup, const Image& im
                                            float* d_plane, bool points,
                                            float (&d_points)[3][kPointsRows]) {
   constexpr int kVector = Channels::kVector;
+  const char* start = first_vector<Channels>(lookup, image, tile.sample, channel);
   for_vectors<Channels>(lookup, channel, [&](int slot, int first) {
-    const char* base = first_pixel(lookup, image, tile.sample, first);
+    const char* base = start + slot_bytes<Channels>(lookup, slot);
     float* d_base = nullptr;
     if (d_plane != nullptr) {
       int64_t pixels = static_cast<int64_t>(image.across.size) * image.down.size;
@@ -526,8 +547,8 @@ __global__ void __launch_bounds__(kPointsThreads, product ? 3 : 4)
         for (int other = 0; other < lookup.planes; ++other) {
           if (other == p) continue;
           find_corners(lookup, lookup.images[other], point, corners);
-          gather<Channels, true, kPointsRows>(lookup, lookup.images[other], tile.sample,
-                                              part.channel, corners, d_values);
+          gather<Channels>(lookup, lookup.images[other], tile.sample, part.channel, true, corners,
+                           d_values);
         }
       }
       find_corners(lookup, lookup.images[p], point, corners,
@@ -555,6 +576,14 @@ struct Split {
 __device__ __forceinline__ Split split(float x) {
   uint32_t high = __float_as_uint(x) & 0xffffe000u;
   return {high, __float_as_uint(x - __uint_as_float(high))};
+}
+
+// Half the error. It takes an instruction more, but no move where the operand's registers, four in
+// a row, are not where x is: the compiler knows that tf32 has no lower bits, and does not mask
+// them.
+__device__ __forceinline__ Split split_rounded(float x) {
+  uint32_t rounded = __float_as_uint(x) + 0x1000u;
+  return {rounded, __float_as_uint(x - __uint_as_float(rounded & 0xffffe000u))};
 }
 
 // Rounded to 22 bits, of which a split leaves nothing out.
@@ -729,7 +758,7 @@ __device__ __forceinline__ void find_units(const Lookup& lookup, const Tile<2>& 
 #pragma unroll 1
   for (Part<Channels> part(lookup); part.number < lookup.parts; part.advance(lookup)) {
     float features[2][kSlots];
-    find_features<Channels, 2>(lookup, tile, point, part, corners, features);
+    find_features(lookup, tile, point, part, corners, features);
     use(part.number, features);
     if (part.number == 0) {
 #pragma unroll
@@ -780,8 +809,7 @@ __global__ void __launch_bounds__(kRadianceThreads, kRadianceBlocks)
        number += gridDim.x * kRadianceWarps) {
     Tile<kRows> tile(lookup, number);
     float features[kRows][kSlots];
-    find_features<Channels, kRows>(lookup, tile, point_of(lookup, tile), part, corners[warp()],
-                                   features);
+    find_features(lookup, tile, point_of(lookup, tile), part, corners[warp()], features);
     Split a[kBlockSteps][kTiles][4];
 #pragma unroll
     for (int step = 0; step < kBlockSteps; ++step)
@@ -978,7 +1006,7 @@ struct WeightGradient {
           float2 x = from.units.at(first_row() + 8 * i + row_of_lane(), pair);
           float2 y = from.columns.at(first_column() + 8 * i + row_of_lane(), pair);
           units[half][i] += x.x + x.y;
-          a[i] = split(x.x), a[2 + i] = split(x.y);
+          a[i] = split_rounded(x.x), a[2 + i] = split_rounded(x.y);
           b[i][0] = split(y.x), b[i][1] = split(y.y);
         }
         products[0].step(a, b[0]);
@@ -1290,7 +1318,7 @@ Lookup lookup_of(const PointField& field, int points) {
   lookup.parts = lookups * blocks_of(field.channels);
   lookup.width = lookups * field.channels;
   lookup.channel_bytes = bytes_of(field.number);
-  lookup.pixel_bytes = lookup.channels * lookup.channel_bytes;
+  lookup.pixel_bytes = field.channels * lookup.channel_bytes;
   lookup.number = field.number;
   lookup.combine = field.combine;
   lookup.border = field.border;
