@@ -93,12 +93,16 @@ def grid_bounds(workload: str, codes: Sequence[MachineCode], n: int) -> list[Bou
         # Every block of hidden units reads the volume's gradient, after the first from the cache.
         read_bytes += volume_bytes * UNITS / int(sweep.arguments["BLOCK_H"])
     bounds = [
-        bound(f"{workload}, backward", f"{n}^3", pairs, instructions, read_bytes, volume_bytes)
+        bound(
+            f"Triton {workload}, backward", f"{n}^3", pairs, instructions, read_bytes, volume_bytes
+        )
     ]
     if "only" not in workload:
         bounds.insert(
             0,
-            bound(f"{workload}, forward", f"{n}^3", pairs, forward.grid_loop(), 0, volume_bytes),
+            bound(
+                f"Triton {workload}, forward", f"{n}^3", pairs, forward.grid_loop(), 0, volume_bytes
+            ),
         )
     return bounds
 
@@ -136,13 +140,21 @@ def point_bounds(workload: str, codes: Sequence[MachineCode], count: int) -> lis
 
     size = f"{count / 1e6:.0f}M"
     return [
-        bound(f"{workload}, forward", size, count, a_point(forward), count * CORNER_BYTES),
+        bound(f"Triton {workload}, forward", size, count, a_point(forward), count * CORNER_BYTES),
         bound(
-            f"{workload}, backward: decoder", size, count, a_point(decoder), count * CORNER_BYTES
+            f"Triton {workload}, backward: decoder",
+            size,
+            count,
+            a_point(decoder),
+            count * CORNER_BYTES,
         ),
         # Corners are read for the gradient of the points, and added to.
         bound(
-            f"{workload}, backward: planes", size, count, a_point(lookup), 2 * count * CORNER_BYTES
+            f"Triton {workload}, backward: planes",
+            size,
+            count,
+            a_point(lookup),
+            2 * count * CORNER_BYTES,
         ),
     ]
 
