@@ -26,7 +26,7 @@ from triplane_kernels.layout import TriplaneLayout
 from triplane_kernels.reference import Taps
 
 try:
-    from triplane_kernels import _cpu
+    import triplane_kernels._cpu as _cpu
 except ImportError as error:
     _missing = f"the C++ extension is not there ({error}); reinstall with a C++17 compiler"
 else:
