@@ -10,7 +10,7 @@ from cuda_emulation import threads_in_reverse
 from kernel_cases import LAYOUTS, random_decoder, random_planes, random_points
 from torch import Tensor
 
-from triplane_kernels import DensityMLP, TriplaneLayout, reference
+from triplane_kernels import DensityMLP, TriplaneLayout, lookup, reference
 from triplane_kernels.backend import Field, Gradients, Needs
 from triplane_kernels.cuda import launch
 from triplane_kernels.cuda import points as cuda_points
@@ -222,7 +222,7 @@ def test_blocks_that_take_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_in_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_points, "CHUNK_BYTES", 1)  # 32 points of both samples
+    monkeypatch.setattr(lookup, "CHUNK_BYTES", 1)  # 32 points of both samples
     check_radiance(random_field(), random_points(70))
     check_features(random_field(), random_points(70, batch=2), EG3D)
 
@@ -387,8 +387,8 @@ def test_only_what_is_needed(needs: Needs) -> None:
 def test_planes_that_lie_channels_last_are_not_copied() -> None:
     together = torch.randn(2, 3, 5, 7, 32, generator=torch.Generator().manual_seed(0))
     planes = list(together.permute(0, 1, 4, 2, 3).unbind(1))
-    lookup = cuda_points._Lookup.of(planes, torch.empty(1, 1, 3), EG3D)
-    for plane, image in zip(planes, lookup.images, strict=True):
+    found = cuda_points._Lookup.of(planes, torch.empty(1, 1, 3), EG3D)
+    for plane, image in zip(planes, found.images, strict=True):
         assert image.data_ptr() == plane.data_ptr()
     check_radiance(Field(planes, random_field(channels=32).decoder), random_points(9))
 

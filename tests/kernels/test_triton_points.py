@@ -7,7 +7,7 @@ import torch
 from kernel_cases import LAYOUTS, random_decoder, random_planes, random_points
 from torch import Tensor
 
-from triplane_kernels import NERFSTUDIO, DensityMLP, TriplaneLayout, reference
+from triplane_kernels import NERFSTUDIO, DensityMLP, TriplaneLayout, lookup, reference
 from triplane_kernels.backend import Field, Needs
 
 pytest.importorskip("triton")
@@ -261,7 +261,7 @@ def test_no_points(batch: int, widths: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("widths", [(6, 4), (6, 5, 4)], ids=["fused", "unfused"])
 def test_in_many_parts(monkeypatch: pytest.MonkeyPatch, widths: tuple[int, ...]) -> None:
-    monkeypatch.setattr(triton_points, "CHUNK_BYTES", 400)  # 16 points of 2 samples, and 2 points
+    monkeypatch.setattr(lookup, "CHUNK_BYTES", 400)  # 16 points of 2 samples, and 2 points
     check_radiance(random_field(EG3D_SUM, widths=widths), random_points(33), EG3D_SUM)
 
 
@@ -303,8 +303,8 @@ def test_only_what_is_needed(needs: Needs) -> None:
 def test_planes_that_lie_channels_last_are_not_copied() -> None:
     together = torch.empty(2, 3, 5, 7, 4)
     planes = together.permute(0, 1, 4, 2, 3).unbind(1)
-    lookup = triton_points._Lookup.of(planes, torch.empty(1, 1, 3), EG3D_SUM)
-    for plane, image in zip(planes, lookup.images, strict=True):
+    found = triton_points._Lookup.of(planes, torch.empty(1, 1, 3), EG3D_SUM)
+    for plane, image in zip(planes, found.images, strict=True):
         assert image.data_ptr() == plane.data_ptr()
 
 

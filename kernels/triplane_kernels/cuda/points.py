@@ -9,22 +9,19 @@ which does not depend on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triplane_kernels import reference
 from triplane_kernels.backend import Field, Gradients, Needs
 from triplane_kernels.cuda import launch
 from triplane_kernels.cuda.launch import NUMBERS, address, empty
 from triplane_kernels.decoder import DensityMLP
 from triplane_kernels.layout import TriplaneLayout
-
-CHUNK_BYTES = 2**25  # of the features' gradient: what fits in the level-2 cache of an A100
-PARTS = 32  # the points of a chunk are a multiple: what is a warp's at a time
+from triplane_kernels.lookup import Lookup, LookupGradients
 
 # What the kernels take: kernels.h.
 MOST_PLANES = 6
@@ -83,8 +80,8 @@ def sample_features_backward(
 ) -> Gradients:
     """See `Backend.sample_features_backward`."""
     lookup = _Lookup.of(planes, points, layout)
-    sums = _LookupGradients.zeros(lookup, needs)
-    for part in lookup.parts():
+    sums = LookupGradients.zeros(lookup, needs)
+    for part in lookup.parts(lookup.width):
         sums.add(lookup.at(part), d_features[:, part].contiguous(), part)
     return Gradients(planes=sums.of_planes(planes), points=sums.points)
 
@@ -117,9 +114,9 @@ def radiance_backward(
 ) -> Gradients:
     """See `Backend.radiance_backward`."""
     lookup, decoder = _Lookup.of(field.planes, points, layout), _Decoder.of(field.decoder)
-    sums = _LookupGradients.zeros(lookup, needs)
+    sums = LookupGradients.zeros(lookup, needs)
     d_parameters = [torch.zeros_like(parameter) for parameter in decoder.parameters]
-    for part in lookup.parts():
+    for part in lookup.parts(lookup.width):
         piece = lookup.at(part)
         described = piece.described()
         blocks = launch.extension.radiance_partials(described)
@@ -157,49 +154,10 @@ def radiance_backward(
 # -------------------------------------------------------------------------------------- lookup
 
 
-@dataclass(frozen=True)
-class _Lookup:
-    """Points, and the planes to look them up on, as the kernels take them.
+class _Lookup(Lookup):
+    """A lookup as the extension takes it."""
 
-    images  one [B, H, W, C] a plane; within a sample contiguous.
-    points  [B, M, 3] or [1, M, 3]; within a sample contiguous.
-    """
-
-    images: tuple[Tensor, ...]
-    points: Tensor
-    layout: TriplaneLayout
-
-    @classmethod
-    def of(cls, planes: Sequence[Tensor], points: Tensor, layout: TriplaneLayout) -> _Lookup:
-        return cls(tuple(_channels_last(plane) for plane in planes), points.contiguous(), layout)
-
-    @property
-    def batch(self) -> int:
-        return self.images[0].shape[0]
-
-    @property
-    def count(self) -> int:
-        """Points a sample."""
-        return self.points.shape[1]
-
-    @property
-    def channels(self) -> int:
-        """Of a plane."""
-        return self.images[0].shape[-1]
-
-    @property
-    def width(self) -> int:
-        """Length of the reduced feature."""
-        return self.layout.feature_channels(self.channels)
-
-    def at(self, part: slice) -> _Lookup:
-        """The lookup of a part of the points."""
-        return replace(self, points=self.points[:, part])
-
-    def parts(self) -> Iterator[slice]:
-        """Parts of the points whose features fit CHUNK_BYTES."""
-        step = max(1, CHUNK_BYTES // (4 * PARTS * self.width * max(1, self.batch))) * PARTS
-        return (slice(i, min(i + step, self.count)) for i in range(0, self.count, step))
+    together = 32  # what is a warp's at a time
 
     def described(self) -> Any:
         """The extension's PointField. It holds addresses: keep the lookup until it is used."""
@@ -230,62 +188,16 @@ class _Lookup:
             points_stride=self.points.stride(0) if self.points.shape[0] > 1 else 0,
         )
 
-
-def _channels_last(plane: Tensor) -> Tensor:
-    """A plane [B, C, H, W] as [B, H, W, C], every sample contiguous."""
-    image = plane.permute(0, 2, 3, 1)
-    return image if image[:1].is_contiguous() else image.contiguous()
-
-
-@dataclass(frozen=True)
-class _LookupGradients:
-    """Gradients of planes and points, summed up part by part.
-
-    images  one float32 [B, H, W, C] a plane, or None.
-    points  of the points' own shape, or None.
-    """
-
-    images: tuple[Tensor, ...] | None
-    points: Tensor | None
-
-    @classmethod
-    def zeros(cls, lookup: _Lookup, needs: Needs) -> _LookupGradients:
-        images = points = None
-        if needs.planes:
-            images = tuple(lookup.points.new_zeros(image.shape) for image in lookup.images)
-        if needs.points:
-            points = torch.zeros_like(lookup.points)
-        return cls(images, points)
-
-    def add(self, lookup: _Lookup, d_features: Tensor, part: slice) -> None:
-        """Takes in the part of the points that `lookup` holds; d_features [B, M', C']."""
-        d_images, d_points = self.images, None
-        if d_images is not None and torch.are_deterministic_algorithms_enabled():
-            reference.add_in_fixed_order(
-                d_images, d_features, lookup.images, lookup.points, lookup.layout
-            )
-            d_images = None
-        if self.points is not None:
-            d_points = empty(d_features, lookup.batch, lookup.count, 3)
-        if d_images is not None or d_points is not None:
-            launch.extension.sample_features_backward(
-                field=lookup.described(),
-                d_features=address(d_features),
-                d_planes=[address(image) for image in d_images or ()],
-                d_points=address(d_points),
-                **launch.queue(d_features),
-            )
-        if self.points is not None and d_points is not None:
-            self.points[:, part] = d_points.sum_to_size(lookup.points.shape)
-
-    def of_planes(self, planes: Sequence[Tensor]) -> list[Tensor] | None:
-        """In the planes' shape and dtype."""
-        if self.images is None:
-            return None
-        return [
-            plane.new_empty(plane.shape).copy_(image.permute(0, 3, 1, 2))
-            for plane, image in zip(planes, self.images, strict=True)
-        ]
+    def carry_back(
+        self, d_features: Tensor, d_images: tuple[Tensor, ...] | None, d_points: Tensor | None
+    ) -> None:
+        launch.extension.sample_features_backward(
+            field=self.described(),
+            d_features=address(d_features),
+            d_planes=[address(image) for image in d_images or ()],
+            d_points=address(d_points),
+            **launch.queue(d_features),
+        )
 
 
 # ------------------------------------------------------------------------------------- decoder

@@ -20,8 +20,7 @@ pixels of a plane that spoils is arbitrary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from triplane_kernels import reference
 from triplane_kernels.backend import Field, Gradients, Needs
 from triplane_kernels.decoder import DensityMLP
 from triplane_kernels.layout import TriplaneLayout
+from triplane_kernels.lookup import Lookup, LookupGradients
 from triplane_kernels.triton.elementary import (
     DOT_PRECISION,
     activate,
@@ -44,7 +44,6 @@ from triplane_kernels.triton.elementary import (
 from triplane_kernels.triton.launch import Launch, blocks, on_device_of
 from triplane_kernels.triton.tiles import point_tile
 
-CHUNK_BYTES = 2**25  # of one intermediate: what fits in the level-2 cache of an A100
 PROGRAMS = 512  # that share a decoder's backward: each leaves a partial sum of its gradients
 
 MAX_HIDDEN = 128  # width of the hidden layers on the fast path
@@ -69,7 +68,7 @@ def sample_features_backward(
 ) -> Gradients:
     """Gradients of planes and points."""
     lookup = _Lookup.of(planes, points, layout)
-    sums = _LookupGradients.zeros(lookup, needs)
+    sums = LookupGradients.zeros(lookup, needs)
     for part in lookup.parts(lookup.width):
         sums.add(lookup.at(part), d_features[:, part].contiguous(), part)
     return Gradients(planes=sums.of_planes(planes), points=sums.points)
@@ -115,7 +114,7 @@ def radiance_backward(
     decoder = field.decoder
     fused = _is_fused_backward(decoder)
     decoder_backward = _fused_backward if fused else _unfused_backward
-    sums = _LookupGradients.zeros(lookup, needs)
+    sums = LookupGradients.zeros(lookup, needs)
     d_parameters = [torch.zeros_like(parameter) for parameter in decoder.parameters]
     for part in lookup.parts(lookup.width if fused else sum(_widths(decoder))):
         d_feature, shares = decoder_backward(
@@ -143,51 +142,10 @@ def radiance_backward(
 # ------------------------------------------------------------------------------------- lookup
 
 
-@dataclass(frozen=True)
-class _Lookup:
-    """Points, and the planes to look them up on, as the kernels take them.
+class _Lookup(Lookup):
+    """A lookup that runs the kernels."""
 
-    images  one [B, H, W, C] a plane; within a sample contiguous.
-    points  [B, M, 3] or [1, M, 3]; within a sample contiguous.
-    """
-
-    images: tuple[Tensor, ...]
-    points: Tensor
-    layout: TriplaneLayout
-
-    @classmethod
-    def of(cls, planes: Sequence[Tensor], points: Tensor, layout: TriplaneLayout) -> _Lookup:
-        """Planes that lie channels-last already are not copied."""
-        return cls(tuple(_channels_last(plane) for plane in planes), points.contiguous(), layout)
-
-    @property
-    def batch(self) -> int:
-        return self.images[0].shape[0]
-
-    @property
-    def count(self) -> int:
-        """Points a sample."""
-        return self.points.shape[1]
-
-    @property
-    def channels(self) -> int:
-        """Of a plane."""
-        return self.images[0].shape[-1]
-
-    @property
-    def width(self) -> int:
-        """Length of the reduced feature."""
-        return self.layout.feature_channels(self.channels)
-
-    def at(self, part: slice) -> _Lookup:
-        """The lookup of a part of the points."""
-        return replace(self, points=self.points[:, part])
-
-    def parts(self, width: int) -> Iterator[slice]:
-        """Parts of the points, such that `width` numbers for each point of one fit CHUNK_BYTES."""
-        # A multiple of 16 keeps the parts' memory aligned: for any other Triton compiles anew.
-        step = max(1, CHUNK_BYTES // (64 * width * max(1, self.batch))) * 16
-        return (slice(i, min(i + step, self.count)) for i in range(0, self.count, step))
+    together = 16  # keeps the parts' memory aligned: for any other Triton compiles anew
 
     def run(
         self, kernel: Any, launch: Launch, programs: int | None = None, **arguments: Any
@@ -213,11 +171,16 @@ class _Lookup:
                 **launch.arguments,
             )
 
-
-def _channels_last(plane: Tensor) -> Tensor:
-    """A plane [B, C, H, W] as [B, H, W, C], every sample contiguous."""
-    image = plane.permute(0, 2, 3, 1)
-    return image if image[:1].is_contiguous() else image.contiguous()
+    def carry_back(
+        self, d_features: Tensor, d_images: tuple[Tensor, ...] | None, d_points: Tensor | None
+    ) -> None:
+        self.run(
+            _features_backward_kernel,
+            _launch("features backward", d_features.device, self.width),
+            d_features=d_features,
+            d_images=d_images,
+            d_points=d_points,
+        )
 
 
 def _features(lookup: _Lookup) -> Tensor:
@@ -226,58 +189,6 @@ def _features(lookup: _Lookup) -> Tensor:
     launch = _launch("features", features.device, lookup.width)
     lookup.run(_features_kernel, launch, features=features)
     return features
-
-
-@dataclass(frozen=True)
-class _LookupGradients:
-    """Gradients of planes and points, summed up part by part.
-
-    images  one float32 [B, H, W, C] a plane, or None.
-    points  of the points' own shape, or None.
-    """
-
-    images: tuple[Tensor, ...] | None
-    points: Tensor | None
-
-    @classmethod
-    def zeros(cls, lookup: _Lookup, needs: Needs) -> _LookupGradients:
-        images = points = None
-        if needs.planes:
-            device = lookup.points.device
-            images = tuple(torch.zeros(image.shape, device=device) for image in lookup.images)
-        if needs.points:
-            points = torch.zeros_like(lookup.points)
-        return cls(images, points)
-
-    def add(self, lookup: _Lookup, d_features: Tensor, part: slice) -> None:
-        """Takes in the part of the points that `lookup` holds; d_features [B, M', C']."""
-        d_images, d_points = self.images, None
-        if d_images is not None and torch.are_deterministic_algorithms_enabled():
-            reference.add_in_fixed_order(
-                d_images, d_features, lookup.images, lookup.points, lookup.layout
-            )
-            d_images = None
-        if self.points is not None:
-            d_points = self.points.new_empty(lookup.batch, lookup.count, 3)
-        if d_images is not None or d_points is not None:
-            lookup.run(
-                _features_backward_kernel,
-                _launch("features backward", d_features.device, lookup.width),
-                d_features=d_features,
-                d_images=d_images,
-                d_points=d_points,
-            )
-        if self.points is not None and d_points is not None:
-            self.points[:, part] = d_points.sum_to_size(lookup.points.shape)
-
-    def of_planes(self, planes: Sequence[Tensor]) -> list[Tensor] | None:
-        """In the planes' shape and dtype."""
-        if self.images is None:
-            return None
-        return [
-            plane.new_empty(plane.shape).copy_(image.permute(0, 3, 1, 2))
-            for plane, image in zip(planes, self.images, strict=True)
-        ]
 
 
 # ------------------------------------------------------------------------------------ decoder
