@@ -65,8 +65,17 @@ def _known_slab(value: str) -> str:
     return value
 
 
+def _known_rule(value: str | None) -> str | None:
+    if value is not None:
+        from densityrl.preference.oracle import RULES
+
+        if value not in RULES:
+            raise typer.BadParameter(f"give {', '.join(RULES)}, not {value!r}")
+    return value
+
+
 GeneratorOption = Annotated[
-    str, typer.Option(help="A bundled generator (busts), an EG3D .pkl, or a directory.")
+    str, typer.Option(help="A bundled generator (heads), an EG3D .pkl, or a directory.")
 ]
 SeedsOption = Annotated[
     Any, typer.Option(help="Such as 0-7,12.", parser=parse_seeds, metavar="TEXT")
@@ -236,21 +245,37 @@ def evaluate(
     seeds: SeedsOption,
     out: OutOption,
     level: LevelOption = 10.0,
+    annotator: Annotated[
+        str | None,
+        typer.Option(
+            help="Judge also by a simulated annotator's rule: clean, smooth, symmetric, nose.",
+            callback=_known_rule,
+            metavar="RULE",
+        ),
+    ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Seeds shown on the page.")] = 8,
     device: DeviceOption = "cpu",
 ) -> None:
     """Base against tuned: share preferred, appearance, one page with pictures."""
     from densityrl.evaluation import evaluate as run
     from densityrl.generator import load_generator
+    from densityrl.preference.oracle import SimulatedAnnotator
     from densityrl.reward import RewardModel
 
+    base_generator = load_generator(base, device)
+    groups = base_generator.config.latent_groups
+    if annotator == "clean" and not {"faults", "spare"} <= groups.keys():
+        raise typer.BadParameter(
+            f"the latent of {base} has no faults to leave out: give another --annotator than clean"
+        )
     summary = run(
-        load_generator(base, device),
+        base_generator,
         load_generator(tuned, device),
         RewardModel.load(reward, device),
         seeds,
         out,
         level=level,
+        annotator=None if annotator is None else SimulatedAnnotator(rule=annotator, level=level),
         pictures=pictures,
         about={"base": base, "tuned": tuned, "reward": str(reward)},
     )
@@ -259,6 +284,12 @@ def evaluate(
         f"tuned preferred on {summary['tuned_preferred']:.1%} of {len(seeds)} seeds "
         f"(95 % interval {low:.1%} to {high:.1%}); look at {out / 'report.html'}"
     )
+    if judged := summary.get("simulated_annotator"):
+        low, high = judged["tuned_preferred_interval"]
+        print(
+            f"by a simulated annotator's rule {judged['rule']!r} {judged['tuned_preferred']:.1%} "
+            f"are better (95 % interval {low:.1%} to {high:.1%})"
+        )
 
 
 @app.command()

@@ -6,7 +6,7 @@ Values that differ from the paper's recipe (arXiv:2606.27305) say so.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,7 @@ class RewardConfig:
 
     generator: str
     preferences: str
+    volumes: str | None = None  # folder of the volumes, which runs may share; None: in the run
     limit: int | None = None  # read only the first pairs
     resolution: int = 64  # points a side of the whole box; the paper has 256
     slab: Literal["face", "full"] = "face"
@@ -22,6 +23,7 @@ class RewardConfig:
     truncation_cutoff: int | None = 14
     split: tuple[float, float, float] = (0.70, 0.15, 0.15)  # training, validation, test
     widths: tuple[int, ...] = (16, 32, 48, 64)  # a compact network; the paper's has 8 to 256
+    mirror: bool = True  # show each pair left-right mirrored half of the time
     epochs: int = 30
     patience: int = 8  # epochs without a better validation loss before stopping
     batch: int = 8  # pairs
@@ -47,6 +49,10 @@ class FinetuneConfig:
     learning_rate: float = 5e-4
     train: tuple[str, ...] = ("synthesis",)  # groups of parameters that move
     reward_weight: float = 10.0
+    # target: only rewards below a quantile of the frozen generator's are raised; clip: the paper's
+    reward_shape: Literal["target", "clip"] = "target"
+    reward_target: float = 0.9  # that quantile, over target_seeds latents
+    target_seeds: int = 64
     reward_clip: float = 10.0
     consistency_weight: float = 0.01
     consistency_kind: Literal["l1", "l2"] = "l1"
@@ -61,3 +67,30 @@ class FinetuneConfig:
     held_out_every: int = 10  # seeds from 2**31 up
     checkpoint_every: int = 20
     seed: int = 0
+
+
+# The paper's recipe (arXiv:2606.27305) where it differs from the defaults above, but for the parts
+# that need images: the GAN's own loss, whose place the appearance term takes here, is left out.
+REWARD_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "widths": (8, 16, 32, 64, 128, 256),
+        "mirror": False,
+        "epochs": 10,
+        "batch": 1,
+        "learning_rate": 1e-5,
+        "anchors": 1000,
+        "reward_size_weight": 1e-8,
+    },
+}
+FINETUNE_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "steps": 1250,
+        "batch": 16,
+        "learning_rate": 2.5e-3,
+        "train": ("mapping", "synthesis", "decoder"),
+        "reward_shape": "clip",
+        "appearance_weight": 0.0,
+    },
+}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from densityrl.config import FinetuneConfig, RewardConfig
 from densityrl.evaluation import evaluate, seed_pictures
@@ -16,27 +16,31 @@ from densityrl.finetune.train import finetune
 from densityrl.generator import TriplaneGenerator, load_generator
 from densityrl.picture import resized, sheet, write_png
 from densityrl.preference import write_preferences
-from densityrl.preference.oracle import front_mass, simulate_preferences
+from densityrl.preference.oracle import RULES, SimulatedAnnotator, clean_volumes
 from densityrl.reward import RewardModel
 from densityrl.reward.train import train_reward
+from densityrl.run import progress
 from densityrl.sample import TILE, sample
-from densityrl.statistics import wilson_interval
 from densityrl.volume import SlabSettings, density_slab
 
 if TYPE_CHECKING:
     from PIL import Image
 
-GENERATOR = "busts"
-RESOLUTION = 48  # points a side of the box that the reward reads
+GENERATOR = "heads"
+ANNOTATOR = SimulatedAnnotator(rule="clean", mistakes=0.1, ties=0.2, seed=0)
+RESOLUTION = 64  # points a side of the box that the annotator and the reward read
+FIRST_SEED = 10_000  # of those that are ranked
 HELD_OUT = range(1000, 1100)
-SHOWN = (1, 2, 4)
+SHOWN = 3  # heads in before_after.png
+SEEDS_AT_A_TIME = 16
 
 
 def demo(out: str | Path, *, pairs: int, steps: int, resume: bool = False) -> Iterator[str]:
     """Sample, simulate preferences, train a reward, fine-tune, evaluate; yields what to print.
 
-    The simulated annotator prefers more mass in the front half of the slab. With `resume`,
-    finished stages are kept and the one that was cut short goes on.
+    The simulated annotator prefers the head whose surface is nearer to that of its clean twin,
+    the same head without faults; some of its answers are mistakes, some pairs are ties.
+    With `resume`, finished stages are kept and the one that was cut short goes on.
     """
     out = Path(out)
     base = load_generator(GENERATOR)
@@ -46,12 +50,14 @@ def demo(out: str | Path, *, pairs: int, steps: int, resume: bool = False) -> It
     sample(base, range(6), out / "base", SlabSettings(slab="full"), SURFACE_LEVEL)
     yield f"    {out / 'base' / 'sheet.png'}"
 
-    yield f"2/5 {pairs} pairs, of which an annotator prefers the one with more mass in front ..."
+    yield f"2/5 {pairs} pairs, of which a simulated annotator prefers {RULES[ANNOTATOR.rule]} ..."
     table = out / "preferences.csv"
     if not (resume and table.exists()):
-        seeds = np.arange(10_000, 10_000 + 2 * pairs)
-        scores = front_mass(density_slab(base, seeds.tolist(), settings)).numpy()
-        write_preferences(table, simulate_preferences(seeds, scores, pairs))
+        seeds = np.arange(FIRST_SEED, FIRST_SEED + ANNOTATOR.seeds_needed(pairs))
+        scores = annotator_scores(base, seeds.tolist(), settings)
+        preferences = ANNOTATOR.prefer(seeds, scores, pairs)
+        write_preferences(table, preferences.table)
+        yield f"    {preferences.mistakes} of them by mistake; {preferences.ties} ties left out"
 
     yield "3/5 training a reward on them ..."
     reward = train_reward(
@@ -69,30 +75,57 @@ def demo(out: str | Path, *, pairs: int, steps: int, resume: bool = False) -> It
         resume=resume and (out / "tuned" / "config.json").exists(),
     )
 
-    yield "5/5 comparing on 100 held-out seeds ..."
+    yield f"5/5 comparing on {len(HELD_OUT)} held-out seeds ..."
     tuned = load_generator(out / "tuned")
-    summary = evaluate(
+    result = evaluate(
         base,
         tuned,
         RewardModel.load(out / "reward"),
         HELD_OUT,
         out / "evaluation",
         level=SURFACE_LEVEL,
+        annotator=replace(ANNOTATOR, mistakes=0.0, ties=0.0),
         about={"base": GENERATOR, "tuned": str(out / "tuned"), "reward": str(out / "reward")},
     )
     sample(tuned, range(6), out / "sculpted", SlabSettings(slab="full"), SURFACE_LEVEL)
-    write_png(out / "before_after.png", before_after(base, tuned, SHOWN, settings))
-    before, after = (front_mass(density_slab(g, HELD_OUT, settings)) for g in (base, tuned))
-    right_way = int(torch.count_nonzero(after > before))
-    low, high = wilson_interval(right_way, len(HELD_OUT))
+    faulty = sorted(result["per_seed"], key=lambda row: row["simulated"]["base_score"])[:SHOWN]
+    shown = [row["seed"] for row in faulty]
+    write_png(out / "before_after.png", before_after(base, tuned, shown, settings))
+    judged = result["simulated_annotator"]
+    low, high = judged["tuned_preferred_interval"]
     yield (
-        f"    by the annotator's own rule {right_way} of {len(HELD_OUT)} heads moved the right "
-        f"way (95 % interval {low:.1%} to {high:.1%}): mass in front {before.mean():.3f} -> "
-        f"{after.mean():.3f}"
+        f"    by the simulated annotator's own rule "
+        f"{judged['tuned_preferred'] * len(HELD_OUT):g} of {len(HELD_OUT)} heads are better "
+        f"(95 % interval {low:.1%} to {high:.1%}): mean distance to the clean head "
+        f"{judged['base_distance']:.2f} -> {judged['tuned_distance']:.2f} "
+        f"{judged['distance_unit']}"
     )
-    yield f"    by the reward {summary['tuned_preferred']:.1%} are better"
-    yield f"    front view kept to {summary['appearance_psnr_db']:.1f} dB PSNR"
-    yield f"    {out / 'before_after.png'}, {out / 'evaluation' / 'report.html'}"
+    low, high = result["tuned_preferred_interval"]
+    yield (
+        f"    by the reward {result['tuned_preferred']:.1%} are better "
+        f"(95 % interval {low:.1%} to {high:.1%})"
+    )
+    yield f"    front view kept to {result['appearance_psnr_db']:.1f} dB PSNR"
+    yield (
+        f"    {out / 'before_after.png'} (the {len(shown)} of these seeds with the worst faults: "
+        f"{', '.join(map(str, shown))}), {out / 'sculpted' / 'sheet.png'}, "
+        f"{out / 'evaluation' / 'report.html'}"
+    )
+
+
+def annotator_scores(
+    base: TriplaneGenerator, seeds: Sequence[int], settings: SlabSettings
+) -> np.ndarray:
+    """The simulated annotator's scores [S] of seeds of the base generator."""
+    grid = settings.grid(base.box_side)
+    scores = []
+    with progress(len(seeds), "volumes") as bar:
+        for start in range(0, len(seeds), SEEDS_AT_A_TIME):
+            part = seeds[start : start + SEEDS_AT_A_TIME]
+            volumes = density_slab(base, part, settings)
+            scores.append(ANNOTATOR.scores(volumes, grid, clean_volumes(base, part, settings)))
+            bar.update(start + len(part))
+    return np.concatenate(scores)
 
 
 def before_after(

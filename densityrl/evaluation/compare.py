@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from densityrl.evaluation.report import SeedComparison, write_report
+from densityrl.evaluation.appearance import psnr, ssim
+from densityrl.evaluation.report import SeedComparison, SimulatedJudgement, write_report
 from densityrl.generator import TriplaneGenerator
 from densityrl.picture import image_of_tensor, shade_volume
+from densityrl.preference.oracle import RULES, SimulatedAnnotator, clean_volumes
 from densityrl.reward import RewardModel
 from densityrl.run import progress, write_summary
 from densityrl.sample import SIDE, THREE_QUARTER, TILE
@@ -22,11 +24,8 @@ from densityrl.statistics import wilson_interval
 from densityrl.volume import SlabSettings, slab_of_planes, ws_of_seeds
 from triplane_kernels import Grid, density_grid_loss
 
-
-def psnr(image: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1]; infinite where they are equal."""
-    error = F.mse_loss(image.clamp(-1, 1).double(), reference.clamp(-1, 1).double())
-    return float(10 * torch.log10(4 / error))
+SIDE_VIEW_YAW = math.radians(30)
+ANNOTATOR_RESOLUTION = 64  # points a side of the box whose face slab a simulated annotator reads
 
 
 @torch.no_grad()
@@ -38,6 +37,7 @@ def evaluate(
     out: str | Path,
     *,
     level: float,
+    annotator: SimulatedAnnotator | None = None,
     pictures: int = 8,
     about: dict[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -45,45 +45,111 @@ def evaluate(
 
     Seeds are truncated as the reward's own samples were.
     The share of seeds whose tuned geometry the reward prefers counts ties as half and comes with
-    its 95 % Wilson interval. Pictures show seeds from the least to the largest gain, evenly
-    spaced in rank, so the worst is among them.
+    its 95 % Wilson interval. An annotator judges beside the reward, by its rule and without its
+    mistakes and ties: "simulated_annotator" in the content. Side views are of +-30 degrees.
+    Pictures show seeds from the least to the largest gain, evenly spaced in rank, so the worst is
+    among them.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     results = []
     with progress(len(seeds), "evaluate") as bar:
         for done, seed in enumerate(seeds, 1):
-            results.append(_compare_seed(base, tuned, reward, seed))
+            results.append(_compare_seed(base, tuned, reward, annotator, seed))
             bar.update(done)
     gains = np.array([result.gain for result in results])
-    wins = float((gains > 0).sum() + (gains == 0).sum() / 2)
-    quality = np.array([result.psnr for result in results])
-    summary: dict[str, Any] = {
+
+    def mean(name: str) -> float | None:
+        """None where a PSNR is infinite, as of equal images: JSON has no infinity."""
+        value = float(np.mean([getattr(result, name) for result in results]))
+        return value if math.isfinite(value) else None
+
+    content: dict[str, Any] = {
         **(about or {}),
         "seeds": len(seeds),
-        "tuned_preferred": wins / len(seeds),
-        "tuned_preferred_interval": list(wilson_interval(wins, len(seeds))),
-        "base_reward": float(np.mean([result.base_reward for result in results])),
-        "tuned_reward": float(np.mean([result.tuned_reward for result in results])),
-        "drift": float(np.mean([result.drift for result in results])),
-        # Equal images have no finite PSNR; JSON has no infinity.
-        "appearance_psnr_db": float(np.mean(quality)) if np.isfinite(quality).all() else None,
+        **_share_preferred(gains),
+        "base_reward": mean("base_reward"),
+        "tuned_reward": mean("tuned_reward"),
+        "drift": mean("drift"),
+        "appearance_psnr_db": mean("psnr"),
+        "appearance_ssim": mean("ssim"),
+        "side_psnr_db": mean("side_psnr"),
+        "side_ssim": mean("side_ssim"),
     }
-    rows = [
-        {**vars(result), "psnr": result.psnr if np.isfinite(result.psnr) else None}
-        for result in results
-    ]
-    write_summary(out / "evaluation.json", {**summary, "per_seed": rows})
+    if annotator is not None:
+        content["simulated_annotator"] = _judgement_of_all(
+            annotator.rule,
+            [result.simulated for result in results if result.simulated is not None],
+            base.config.millimetres,
+        )
+    content["per_seed"] = [result.to_json() for result in results]
+    write_summary(out / "evaluation.json", content)
     order = np.argsort(gains, kind="stable")
     ranks = np.unique(np.linspace(0, len(results) - 1, min(pictures, len(results))).round())
     shown = [results[order[int(rank)]] for rank in ranks]
     tiles = [seed_pictures(base, tuned, result.seed, reward.settings, level) for result in shown]
-    write_report(out / "report.html", summary, shown, tiles, gains)
-    return summary
+    write_report(out / "report.html", content, shown, tiles, gains)
+    return content
+
+
+def _share_preferred(gains: np.ndarray) -> dict[str, Any]:
+    wins = float((gains > 0).sum() + (gains == 0).sum() / 2)
+    return {
+        "tuned_preferred": wins / len(gains),
+        "tuned_preferred_interval": list(wilson_interval(wins, len(gains))),
+    }
+
+
+def _judgement_of_all(
+    rule: str, judgements: Sequence[SimulatedJudgement], millimetres: float | None
+) -> dict[str, Any]:
+    """What a simulated annotator says of all seeds; distances by the rule "clean" alone."""
+    base, tuned = np.array([(j.base_score, j.tuned_score) for j in judgements]).T
+    judgement = {
+        "rule": rule,
+        "prefers": RULES[rule],
+        **_share_preferred(tuned - base),
+        "base_score": float(base.mean()),
+        "tuned_score": float(tuned.mean()),
+    }
+    if rule == "clean":
+        apart = np.array([(j.base_distance, j.tuned_distance) for j in judgements])
+        judgement["base_distance"], judgement["tuned_distance"] = apart.mean(axis=0).tolist()
+        judgement["distance_unit"] = "world units" if millimetres is None else "mm"
+    return judgement
+
+
+def _judge(
+    annotator: SimulatedAnnotator,
+    base: TriplaneGenerator,
+    tuned: TriplaneGenerator,
+    planes: tuple[Tensor, Tensor],
+    seed: int,
+    sampling: SlabSettings,
+) -> SimulatedJudgement:
+    """What the annotator says of one seed, given its planes in both generators."""
+    settings = replace(sampling, resolution=ANNOTATOR_RESOLUTION, slab="face")
+    grid = settings.grid(base.box_side)
+    volumes = torch.cat(
+        [
+            slab_of_planes(generator, of_it, settings)
+            for generator, of_it in zip((base, tuned), planes, strict=True)
+        ]
+    )
+    if annotator.rule != "clean":
+        return SimulatedJudgement(*annotator.scores(volumes, grid).tolist())
+    clean = clean_volumes(base, [seed], settings).expand_as(volumes)
+    scores = annotator.scores(volumes, grid, clean)
+    distances = -scores * (base.config.millimetres or 1.0)
+    return SimulatedJudgement(*scores.tolist(), *distances.tolist())
 
 
 def _compare_seed(
-    base: TriplaneGenerator, tuned: TriplaneGenerator, reward: RewardModel, seed: int
+    base: TriplaneGenerator,
+    tuned: TriplaneGenerator,
+    reward: RewardModel,
+    annotator: SimulatedAnnotator | None,
+    seed: int,
 ) -> SeedComparison:
     ws0, ws1 = (ws_of_seeds(g, [seed], reward.settings) for g in (base, tuned))
     planes0, planes1 = base.planes(ws0), tuned.planes(ws1)
@@ -91,15 +157,27 @@ def _compare_seed(
     drift = density_grid_loss(
         planes1, tuned.decoder, grid, tuned.layout, (planes0, base.decoder), kind="l1"
     )
-    camera = base.frontal_camera()
+    quality = []
+    for yaw in (0.0, -SIDE_VIEW_YAW, SIDE_VIEW_YAW):
+        camera = base.frontal_camera(yaw)
+        image0 = base.render(ws0, camera, planes=planes0)["image"][0]
+        image1 = tuned.render(ws1, camera, planes=planes1)["image"][0]
+        quality.append((psnr(image1, image0), ssim(image1, image0)))
+    front, *sides = quality
+    side_psnr, side_ssim = np.mean(sides, axis=0).tolist()
     return SeedComparison(
         seed=seed,
         base_reward=float(reward.score_planes(base, planes0)),
         tuned_reward=float(reward.score_planes(tuned, planes1)),
         drift=float(drift),
-        psnr=psnr(
-            tuned.render(ws1, camera, planes=planes1)["image"],
-            base.render(ws0, camera, planes=planes0)["image"],
+        psnr=front[0],
+        ssim=front[1],
+        side_psnr=side_psnr,
+        side_ssim=side_ssim,
+        simulated=(
+            None
+            if annotator is None
+            else _judge(annotator, base, tuned, (planes0, planes1), seed, reward.settings)
         ),
     )
 

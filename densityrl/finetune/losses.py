@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from densityrl.config import FinetuneConfig
@@ -21,11 +22,20 @@ class Terms:
     consistency: Tensor
     appearance: Tensor
 
-    def loss(self, config: FinetuneConfig) -> Tensor:
-        """Mean weighted sum; the reward counts only inside its clip (arXiv:2606.27305)."""
-        clipped = self.reward.clamp(-config.reward_clip, config.reward_clip)
+    def loss(self, config: FinetuneConfig, target: float, scale: float) -> Tensor:
+        """Mean weighted sum.
+
+        reward_shape "clip" is the paper's: the raw reward, counted only inside its clip
+        (arXiv:2606.27305). "target" is softplus(target - r), with r and the target in units of
+        `scale`, the spread of rewards before tuning: heads as good as the target are left alone,
+        and the weight does not depend on how large a reward's numbers happen to be.
+        """
+        if config.reward_shape == "clip":
+            missing = -self.reward.clamp(-config.reward_clip, config.reward_clip)
+        else:
+            missing = F.softplus((target - self.reward) / scale)
         return (
-            -config.reward_weight * clipped
+            config.reward_weight * missing
             + config.consistency_weight * self.consistency
             + config.appearance_weight * self.appearance
         ).mean()

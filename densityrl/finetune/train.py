@@ -28,6 +28,7 @@ from densityrl.run import (
 from densityrl.volume import planes_of_seeds
 
 # Words for `FinetuneConfig.train`, and the parameters (by prefix) each one lets move.
+TARGET_DRAW = 2**40  # no step of training has this number
 PARAMETER_GROUPS = {
     "mapping": "backbone.mapping.",
     "synthesis": "backbone.synthesis.",
@@ -88,6 +89,7 @@ class Finetuner:
             self.moving.values(), config.learning_rate, betas=(0.0, 0.99)
         )
         self.step = 0
+        self.target, self.scale = self._target()
 
     def run(self, run: RunDirectory) -> None:
         """Train to the last step, with checkpoints that resume to the same numbers."""
@@ -131,7 +133,7 @@ class Finetuner:
             terms = sculpting_terms(
                 self.tuned, self.frozen, self.reward, planes, frozen_planes, cameras, config
             )
-            loss = terms.loss(config)
+            loss = terms.loss(config, self.target, self.scale)
             (loss / config.accumulate).backward()
             figures = {
                 "loss": loss,
@@ -167,10 +169,28 @@ class Finetuner:
         for name, parameter in self.moving.items():
             average[name].lerp_(parameter, 1 - decay)
 
-    @torch.no_grad()
+    def _target(self) -> tuple[float, float]:
+        """The reward to reach, and the spread of rewards, both of the frozen generator."""
+        if self.config.reward_shape == "clip":
+            return 0.0, 1.0
+        draw = np.random.default_rng([self.config.seed, TARGET_DRAW])
+        seeds = draw.integers(2**31, 2**32, self.config.target_seeds).tolist()
+        rewards = self.rewards(self.frozen, seeds)
+        spread = float(rewards.std())
+        if not spread > 0:
+            raise NonFiniteError(
+                "the reward gives every head the same score: train it on more preferences"
+            )
+        return float(rewards.quantile(self.config.reward_target)), spread
+
     def held_out_rewards(self, generator: TriplaneGenerator) -> Tensor:
         """Raw reward of each held-out seed, [N] on the CPU."""
-        seeds, batch = self.config.held_out_seeds, self.config.batch
+        return self.rewards(generator, self.config.held_out_seeds)
+
+    @torch.no_grad()
+    def rewards(self, generator: TriplaneGenerator, seeds: Sequence[int]) -> Tensor:
+        """Raw rewards [len(seeds)] on the CPU."""
+        batch = self.config.batch
         rewards = [
             self.reward.score_planes(
                 generator,

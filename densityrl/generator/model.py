@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -45,6 +46,19 @@ class GeneratorConfig:
     superresolution_antialias: bool = True
     rendering: dict[str, Any] = field(default_factory=dict)  # EG3D's rendering_kwargs
     neural_rendering_resolution: int = 64
+    # Half-open ranges of latent numbers by name; empty where they mean nothing by themselves.
+    latent_groups: dict[str, tuple[int, int]] = field(default_factory=dict)
+    millimetres: float | None = None  # a world unit, where the scene has a size
+
+    def __post_init__(self) -> None:
+        for name, (start, end) in self.latent_groups.items():
+            if not 0 <= start < end <= self.z_dim:
+                raise ValueError(
+                    f"latent group {name!r} must be a range within 0 to {self.z_dim}, "
+                    f"not {start} to {end}"
+                )
+        if self.millimetres is not None and not 0 < self.millimetres < math.inf:
+            raise ValueError(f"millimetres must be a positive length, not {self.millimetres}")
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> GeneratorConfig:
@@ -52,6 +66,8 @@ class GeneratorConfig:
         values = dict(values)
         values["synthesis_channels"] = tuple(values["synthesis_channels"])
         values["plane_axes"] = tuple(tuple(axes) for axes in values["plane_axes"])
+        groups = values.get("latent_groups", {})  # absent from older files
+        values["latent_groups"] = {name: tuple(ends) for name, ends in groups.items()}
         return cls(**values)
 
 
@@ -186,8 +202,7 @@ class TriplaneGenerator(nn.Module):
         The first `truncation_cutoff` rows (all when None) are drawn toward the mean latent:
         w_avg + psi * (w - w_avg).
         """
-        if z.ndim != 2 or z.shape[1] != self.z_dim:
-            raise ValueError(f"z must be [B, {self.z_dim}], not {list(z.shape)}")
+        self._check_latents(z)
         if self.c_dim == 0:
             c = None
         else:
@@ -205,6 +220,31 @@ class TriplaneGenerator(nn.Module):
         rows = self.num_ws if truncation_cutoff is None else truncation_cutoff
         truncated = mean + truncation_psi * (ws[:, :rows] - mean)
         return torch.cat([truncated, ws[:, rows:]], dim=1)
+
+    def without_faults(self, z: Tensor) -> Tensor:
+        """Latents [B, z_dim] of the clean twins of z: the same heads without their faults.
+
+        The numbers of the group `faults` become 0. Those of `spare`, which mean nothing, grow so
+        that each row keeps its length: the mapping network normalises it, and would otherwise
+        exaggerate everything else about the head.
+        """
+        self._check_latents(z)
+        groups = self.config.latent_groups
+        if not {"faults", "spare"} <= groups.keys():
+            raise ValueError(
+                "this generator has no latent groups named faults and spare, so a head has no "
+                "clean twin: take one that was trained with them"
+            )
+        faults, spare = (slice(*groups[name]) for name in ("faults", "spare"))
+        lost = z[:, faults].double().square().sum(dim=1, keepdim=True)
+        filler = z[:, spare].double()
+        # Spare numbers that are all 0 have no direction to grow in: any one will do.
+        filler = torch.where((filler == 0).all(dim=1, keepdim=True), 1e-12, filler)
+        length = filler.square().sum(dim=1, keepdim=True)
+        clean = z.clone()
+        clean[:, faults] = 0
+        clean[:, spare] = (filler * (1 + lost / length).sqrt()).to(z.dtype)
+        return clean
 
     def planes(self, ws: Tensor, noise_mode: NoiseMode = "const") -> Tensor:
         """ws [B, L, w_dim] -> planes [B, 3, C, H, W], float32."""
@@ -258,6 +298,10 @@ class TriplaneGenerator(nn.Module):
         )
         features = rays.features.mT.unflatten(2, (side, side))
         return features, rays.depth[:, None].unflatten(2, (side, side))
+
+    def _check_latents(self, z: Tensor) -> None:
+        if z.ndim != 2 or z.shape[1] != self.z_dim:
+            raise ValueError(f"z must be [B, {self.z_dim}], not {list(z.shape)}")
 
     @staticmethod
     def _check_camera(c: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def train_reward(
     table = read_preferences(config.preferences, config.limit)
     split = split_preferences(table, config.split, config.seed)
     with RunDirectory.create(out, "reward-train", asdict(config), resume) as run:
-        volumes = Volumes(config, generator, run.path / "volumes")
+        volumes = Volumes(config, generator, Path(config.volumes or run.path / "volumes"))
         volumes.prepare(table)
         trainer = RewardTrainer(config, generator, split, volumes, device)
         if (state := run.load_state()) is not None:
@@ -176,11 +176,15 @@ class RewardTrainer:
         chosen = order[index * batch : (index + 1) * batch]
         winners, losers = train.winners[chosen].tolist(), train.losers[chosen].tolist()
         volumes = [self.volumes.ranked(winners), self.volumes.ranked(losers)]
+        draw = np.random.default_rng([self.config.seed, epoch, index])
         if self.config.anchors:
-            draw = np.random.default_rng([self.config.seed, epoch, index])
             volumes.append(
                 self.volumes.anchors(draw.choice(self.volumes.anchor_seeds, len(chosen)).tolist())
             )
+        if self.config.mirror:
+            mirrored = torch.from_numpy(draw.random(len(chosen)) < 0.5)
+            mirrored = mirrored.to(volumes[0].device)[:, None, None, None]
+            volumes = [torch.where(mirrored, sigma.flip(1), sigma) for sigma in volumes]
         self.network.train()
         rewards = self.network(normalize_slab(torch.cat(volumes)))
         winner, loser, *anchor = rewards.chunk(len(volumes))

@@ -1,0 +1,1 @@
+"""Making the bundled generator `heads` from ICT-FaceKit's morphable head."""
