@@ -42,8 +42,9 @@ from densityrl.volume import SlabSettings, VolumeCache, density_slab, slab_of_pl
 BUDGETS = (50, 150, 500, 2000)
 MISTAKES, TIES = 0.1, 0.2
 FIRST_RANKED = 10_000  # seeds from here on are ranked
-JUDGED = range(1000, 1200)  # unseen: nothing was trained, ranked or chosen with these
-REFERENCE = range(1200, 1400)  # whose images are the set that others are compared with
+FIRST_JUDGED = 1000  # unseen: nothing was trained, ranked or chosen with the 200 from here on
+FIRST_REFERENCE = 2000  # seeds whose images are the set that others are compared with
+IMAGE_SIDE = 64  # pixels
 VIEWS = {"front": (0.0,), "side": (-np.pi / 6, np.pi / 6)}  # yaw
 SETTINGS = SlabSettings()  # what annotators look at: the paper's crop of 64 points a side
 
@@ -119,7 +120,7 @@ class Looks:
                 sigma.append(slab_of_planes(generator, planes, SETTINGS))
                 for view in views:
                     shots = [
-                        generator.render(ws, generator.frontal_camera(yaw), planes=planes)["image"]
+                        generator.render_raw(planes, generator.frontal_camera(yaw), IMAGE_SIDE)
                         for yaw in VIEWS[view]
                     ]
                     images[view].append(torch.stack(shots, dim=1))
@@ -136,8 +137,9 @@ class Start:
     reference: np.ndarray  # [R, 64] image features of other seeds
 
     @classmethod
-    def of(cls, heads: Heads, seeds: Sequence[int], reference: Sequence[int]) -> Start:
-        fronts = Looks.of(heads.generator, reference, ["front"]).images["front"]
+    def of(cls, heads: Heads, seeds: Sequence[int]) -> Start:
+        others = range(FIRST_REFERENCE, FIRST_REFERENCE + len(seeds))
+        fronts = Looks.of(heads.generator, others, ["front"]).images["front"]
         return cls(
             Looks.of(heads.generator, seeds, list(VIEWS)),
             clean_volumes(heads.generator, seeds, SETTINGS),
@@ -325,14 +327,18 @@ def figure_of(rows: Sequence[dict[str, Any]], file: Path) -> None:
     plt.close(figure)
 
 
-def _worker(generator: str, work: Path, cells: Sequence[Cell], threads: int) -> None:
+def _worker(
+    generator: str, work: Path, cells: Sequence[Cell], judged: Sequence[int], threads: int
+) -> None:
     torch.set_num_threads(threads)
+    for folder in ("cells", "rewards", "results"):
+        (work / folder).mkdir(parents=True, exist_ok=True)
     heads = Heads(generator, work)
-    start = Start.of(heads, JUDGED, REFERENCE)
+    start = Start.of(heads, judged)
     for cell in cells:
         file = work / "results" / f"{cell.name}.json"
         if not file.exists():
-            row = run_cell(cell, heads, start, JUDGED)
+            row = run_cell(cell, heads, start, judged)
             atomic_write(file, json.dumps({**asdict(Provenance.of("cpu")), **row}))
 
 
@@ -356,6 +362,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="of labels, rewards and fine-tuning")
     parser.add_argument("--reward", nargs="*", default=[], metavar="NAME=VALUE", type=_override)
     parser.add_argument("--finetune", nargs="*", default=[], metavar="NAME=VALUE", type=_override)
+    parser.add_argument("--judged", type=int, default=200, help="unseen seeds to judge on")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument("--save", action="store_true", help="keep lines and figure in the results")
     args = parser.parse_args()
@@ -374,11 +381,14 @@ def main() -> None:
         for pairs in args.budgets.split(",")
         for seed in args.seeds.split(",")
     ]
+    judged = range(FIRST_JUDGED, FIRST_JUDGED + args.judged)
     threads = max(1, torch.get_num_threads() // args.workers)
     context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(
-            target=_worker, args=(args.generator, args.work, cells[i :: args.workers], threads)
+            target=_worker,
+            args=(args.generator, args.work, cells[i :: args.workers], judged, threads),
+            daemon=True,
         )
         for i in range(args.workers)
     ]

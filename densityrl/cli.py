@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
 from densityrl import __version__
-from densityrl.config import FinetuneConfig, RewardConfig
+from densityrl.config import FINETUNE_PRESETS, REWARD_PRESETS, FinetuneConfig, RewardConfig
 from densityrl.errors import DensityRLError
 from densityrl.run import Interrupted
 
@@ -74,6 +74,12 @@ def _known_rule(value: str | None) -> str | None:
     return value
 
 
+def _known_shape(value: str) -> str:
+    if value not in ("target", "clip"):
+        raise typer.BadParameter(f"give target or clip, not {value!r}")
+    return value
+
+
 GeneratorOption = Annotated[
     str, typer.Option(help="A bundled generator (heads), an EG3D .pkl, or a directory.")
 ]
@@ -92,6 +98,23 @@ LevelOption = Annotated[float, typer.Option(help="Raw density of the surface.")]
 def _default(config: type, name: str) -> Any:
     """The default of a configuration's field: stated once, shown in --help."""
     return next(field.default for field in fields(config) if field.name == name)
+
+
+def _preset_option(presets: dict[str, dict[str, Any]]) -> Any:
+    """`--preset`: its values become the defaults of the options that come after it."""
+
+    def take(context: typer.Context, name: str) -> str:
+        if name not in presets:
+            raise typer.BadParameter(f"give {' or '.join(presets)}, not {name!r}")
+        context.default_map = {
+            key: ",".join(value) if key == "train" else value
+            for key, value in presets[name].items()
+        }
+        return name
+
+    return typer.Option(
+        "--preset", callback=take, is_eager=True, help="default, or paper: the paper's recipe."
+    )
 
 
 @app.command()
@@ -125,6 +148,10 @@ def reward_train(
         Path, typer.Option(help="CSV with winner,loser, or rank1,rank2,...: seeds, better first.")
     ],
     out: OutOption,
+    preset: Annotated[str, _preset_option(REWARD_PRESETS)] = "default",
+    volumes: Annotated[
+        Path | None, typer.Option(help="Folder of volumes that several runs share.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first pairs.")] = None,
     resolution: Annotated[
         int, typer.Option(min=8, help="Points a side of the whole box; the paper has 256.")
@@ -133,6 +160,9 @@ def reward_train(
     truncation_psi: Annotated[
         float, typer.Option(help="Truncation the ranked samples were made with.")
     ] = _default(RewardConfig, "truncation_psi"),
+    mirror: Annotated[
+        bool, typer.Option(help="Show pairs left-right mirrored half of the time.")
+    ] = _default(RewardConfig, "mirror"),
     epochs: Annotated[int, typer.Option(min=1)] = _default(RewardConfig, "epochs"),
     patience: Annotated[
         int, typer.Option(min=1, help="Epochs without improvement before stopping.")
@@ -149,20 +179,23 @@ def reward_train(
     device: DeviceOption = "cpu",
 ) -> None:
     """Preferences to a reward model over density volumes."""
-    config = RewardConfig(
-        generator=generator,
-        preferences=str(preferences),
-        limit=limit,
-        resolution=resolution,
-        slab=slab,
-        truncation_psi=truncation_psi,
-        epochs=epochs,
-        patience=patience,
-        batch=batch,
-        learning_rate=learning_rate,
-        anchors=anchors,
-        seed=seed,
-    )
+    options = {
+        "generator": generator,
+        "preferences": str(preferences),
+        "volumes": None if volumes is None else str(volumes),
+        "limit": limit,
+        "resolution": resolution,
+        "slab": slab,
+        "truncation_psi": truncation_psi,
+        "mirror": mirror,
+        "epochs": epochs,
+        "patience": patience,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "anchors": anchors,
+        "seed": seed,
+    }
+    config = RewardConfig(**{**REWARD_PRESETS[preset], **options})
     from densityrl.reward.train import train_reward
 
     summary = train_reward(config, out, resume=resume, device=device)
@@ -182,6 +215,7 @@ def finetune(
     generator: GeneratorOption,
     reward: Annotated[Path, typer.Option(help="Directory that reward-train wrote.")],
     out: OutOption,
+    preset: Annotated[str, _preset_option(FINETUNE_PRESETS)] = "default",
     steps: Annotated[int, typer.Option(min=1)] = _default(FinetuneConfig, "steps"),
     batch: Annotated[int, typer.Option(min=1, help="Latents at a time.")] = _default(
         FinetuneConfig, "batch"
@@ -191,9 +225,22 @@ def finetune(
     ),
     learning_rate: float = _default(FinetuneConfig, "learning_rate"),
     train: Annotated[
-        str, typer.Option(help="What moves: synthesis, decoder, mapping, comma-separated.")
+        str,
+        typer.Option(
+            help="What moves: mapping, synthesis, styles, early, late, decoder; comma-separated."
+        ),
     ] = ",".join(_default(FinetuneConfig, "train")),
     reward_weight: float = _default(FinetuneConfig, "reward_weight"),
+    reward_shape: Annotated[
+        str,
+        typer.Option(
+            help="target: raise rewards below a target; clip: all of them.",
+            callback=_known_shape,
+        ),
+    ] = _default(FinetuneConfig, "reward_shape"),
+    reward_target: Annotated[
+        float, typer.Option(min=0, max=1, help="Quantile of the rewards before tuning to reach.")
+    ] = _default(FinetuneConfig, "reward_target"),
     reward_clip: float = _default(FinetuneConfig, "reward_clip"),
     consistency_weight: float = _default(FinetuneConfig, "consistency_weight"),
     appearance_weight: float = _default(FinetuneConfig, "appearance_weight"),
@@ -218,6 +265,8 @@ def finetune(
         learning_rate=learning_rate,
         train=tuple(word.strip() for word in train.split(",")),
         reward_weight=reward_weight,
+        reward_shape=cast(Literal["target", "clip"], reward_shape),
+        reward_target=reward_target,
         reward_clip=reward_clip,
         consistency_weight=consistency_weight,
         appearance_weight=appearance_weight,

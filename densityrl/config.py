@@ -22,17 +22,22 @@ class RewardConfig:
     truncation_psi: float = 1.0
     truncation_cutoff: int | None = 14
     split: tuple[float, float, float] = (0.70, 0.15, 0.15)  # training, validation, test
-    widths: tuple[int, ...] = (16, 32, 48, 64)  # a compact network; the paper's has 8 to 256
+    # inversion: linear in what of w a slab shows; conv: the paper's kind, from pairs alone
+    network: Literal["inversion", "conv"] = "inversion"
+    components: int = 48  # of w, which the inversion network looks for
+    inversion_slabs: int = 1000  # without labels, that it is fitted on beside the ranked ones
+    inversion_first_seed: int = 200_000
+    widths: tuple[int, ...] = (16, 32, 48, 64)  # of the conv network; the paper's has 8 to 256
     mirror: bool = True  # show each pair left-right mirrored half of the time
     epochs: int = 30
     patience: int = 8  # epochs without a better validation loss before stopping
     batch: int = 8  # pairs
-    learning_rate: float = 1e-3  # the paper's network trains at 1e-5
-    weight_decay: float = 1e-4
+    learning_rate: float = 1e-2  # 1e-3 suits the conv network; the paper's trains at 1e-5
+    weight_decay: float = 0.2  # of the square of weights, half of it; the paper has 1e-4
     anchors: int = 0  # known-good samples always preferred over ranked ones; the paper has 1000
     anchor_first_seed: int = 100_000
     anchor_psi: float = 0.25
-    anchor_weight: float = 0.5
+    anchor_weight: float = 0.25
     reward_size_weight: float = 1e-2  # keeps rewards inside the clip of fine-tuning
     seed: int = 0
 
@@ -74,11 +79,13 @@ class FinetuneConfig:
 REWARD_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
+        "network": "conv",
         "widths": (8, 16, 32, 64, 128, 256),
         "mirror": False,
         "epochs": 10,
         "batch": 1,
         "learning_rate": 1e-5,
+        "weight_decay": 1e-4,
         "anchors": 1000,
         "reward_size_weight": 1e-8,
     },

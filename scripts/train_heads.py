@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from heads.face_model import read_face_model
-from heads.faults import displaced, floater_centres
-from heads.latent import FAULTS, GROUPS, Z_DIM, draw, factors, floater_radii, with_new_faults
+from heads.faults import displaced, floater_centre
+from heads.latent import FAULTS, GROUPS, Z_DIM, draw, factors, floater_radius, with_new_faults
 from heads.points import BAND, FAR, NEAR, Bank, make_bank
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ CONFIG = GeneratorConfig(
 )
 LEVEL, SWING = 10.0, 100.0  # raw density on the surface, and what is added or taken across the band
 CLEAN_SHARE = 0.2  # of the heads in a batch: clean twins must be as good as others
-NEAR_FLOATER = 400  # points a head around the places where floaters may be
+NEAR_FLOATER = 250  # points a head around the place where a floater may be
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Batches:
 
     def __init__(self, bank: Bank, near: int, far: int) -> None:
         self.bank, self.near, self.far = bank, near, far
-        self.floaters = floater_centres()
+        self.floater = floater_centre()
 
     def draw(self, step: int, size: int, seed: int) -> Batch:
         """The batch of a step: the same whenever it is drawn."""
@@ -98,21 +98,16 @@ class Batches:
         points = displaced(points, torch.from_numpy(self.bank.landmarks[heads]), u[:, FAULTS])
 
         # Where a floater may be, whether there is one or not, so that no ghost of it stays.
-        around = self.floaters.repeat_interleave(NEAR_FLOATER // 2, dim=0)
-        spread = 0.03 * torch.randn(size, NEAR_FLOATER, 3, generator=torch_rng)
-        points = torch.cat([around + spread, points], dim=1)
-        empty = distance.new_full((size, NEAR_FLOATER), 1.0)
-        distance = torch.cat([empty, distance], dim=1)
+        around = self.floater + 0.03 * torch.randn(size, NEAR_FLOATER, 3, generator=torch_rng)
+        points = torch.cat([around, points], dim=1)
+        distance = torch.cat([distance.new_full((size, NEAR_FLOATER), 1.0), distance], dim=1)
         color = torch.cat([color.new_zeros(size, NEAR_FLOATER, 3), color], dim=1)
-        radii = floater_radii(u[:, FAULTS.stop - 1])
-        floater_color = torch.from_numpy(self.bank.floater_color[heads])
-        for side in range(2):
-            to_floater = (points - self.floaters[side]).norm(dim=-1) - radii[:, side, None]
-            to_floater = to_floater.where(radii[:, side, None] > 0, torch.inf)
-            nearer = to_floater < distance
-            distance = torch.where(nearer, to_floater, distance)
-            painted = nearer[:, : color.shape[1], None]
-            color = torch.where(painted, floater_color[:, side, None], color)
+        radius = floater_radius(u[:, FAULTS])[:, None]
+        to_floater = (points - self.floater).norm(dim=-1) - radius
+        nearer = (to_floater < distance) & (radius > 0)
+        distance = torch.where(nearer, to_floater, distance)
+        floater_color = torch.from_numpy(self.bank.floater_color[heads])[:, None]
+        color = torch.where(nearer[:, : color.shape[1], None], floater_color, color)
         return Batch(u, points.clamp(-0.5, 0.5), distance, color)
 
 
@@ -175,7 +170,10 @@ def rate_at(step: int, steps: int) -> float:
 
 def save(average: TriplaneGenerator, out: Path, provenance: dict[str, object]) -> None:
     with torch.no_grad():
-        rows = average.backbone.mapping(draw(8192, torch.Generator().manual_seed(1)), None)
+        # Truncation draws toward the mean of clean heads; that of all has a little of each fault.
+        rng = torch.Generator().manual_seed(1)
+        u = with_new_faults(draw(8192, rng), torch.ones(8192, dtype=torch.bool), rng)
+        rows = average.backbone.mapping(u, None)
         average.backbone.mapping.w_avg.copy_(rows.mean(dim=0))
     half = TriplaneGenerator(CONFIG)
     half.load_state_dict(average.state_dict())
@@ -252,8 +250,13 @@ def main() -> None:
             partial = state_file.with_suffix(".partial")
             torch.save(state, partial)
             partial.replace(state_file)
-            provenance = {"script": "scripts/train_heads.py", "steps": done, "seed": args.seed,
-                          "batch": args.batch, "heads": args.heads}  # fmt: skip
+            provenance = {
+                "script": "scripts/train_heads.py",
+                "steps": done,
+                "seed": args.seed,
+                "batch": args.batch,
+                "heads": args.heads,
+            }
             save(average, args.out, provenance)
 
 

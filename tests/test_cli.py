@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ import torch
 import trimesh
 import typer
 from PIL import Image
-from tiny import CONFIG, save_pairs, save_tiny, tiny_generator
+from tiny import CONFIG, NETWORKS, save_pairs, save_tiny, tiny_generator
 from typer.testing import CliRunner
 
-from densityrl import __version__
+from densityrl import __version__, cli
 from densityrl.cli import app, main, parse_seeds
+from densityrl.config import FINETUNE_PRESETS, REWARD_PRESETS, FinetuneConfig, RewardConfig
+from densityrl.errors import RunError
 from densityrl.generator import TriplaneGenerator, save_generator
 from densityrl.volume import SlabSettings, density_slab
 
@@ -46,18 +49,23 @@ def world(tmp_path_factory):
     generator = save_tiny(root / "generator")
     save_pairs(root / "pairs.csv")
     said = {}
-    said["reward-train"] = run(
-        *("reward-train", "--generator", generator, "--preferences", root / "pairs.csv"),
-        *("--resolution", 16, "--epochs", 2, "--out", root / "reward"),
-    )
-    said["finetune"] = run(
-        *("finetune", "--generator", generator, "--reward", root / "reward", "--steps", 2),
-        *("--batch", 2, "--appearance-resolution", 6, "--train", "synthesis, decoder"),
-        *("--out", root / "tuned"),
-    )
+    with pytest.MonkeyPatch.context() as patch:  # few volumes, which no option asks for
+        patch.setattr(cli, "RewardConfig", partial(RewardConfig, **NETWORKS["inversion"]))
+        patch.setattr(cli, "FinetuneConfig", partial(FinetuneConfig, target_seeds=8))
+        said["reward-train"] = run(
+            *("reward-train", "--generator", generator, "--preferences", root / "pairs.csv"),
+            *("--resolution", 16, "--epochs", 2, "--anchors", 6, "--volumes", root / "volumes"),
+            *("--out", root / "reward"),
+        )
+        said["finetune"] = run(
+            *("finetune", "--generator", generator, "--reward", root / "reward", "--steps", 2),
+            *("--batch", 2, "--appearance-resolution", 6, "--train", "synthesis, decoder"),
+            *("--out", root / "tuned"),
+        )
     said["evaluate"] = run(
         *("evaluate", "--base", generator, "--tuned", root / "tuned", "--reward", root / "reward"),
-        *("--seeds", "100-103", "--pictures", 1, "--level", 6, "--out", root / "evaluation"),
+        *("--seeds", "100-103", "--pictures", 1, "--level", 6, "--annotator", "symmetric"),
+        *("--out", root / "evaluation"),
     )
     return root, said
 
@@ -129,7 +137,10 @@ def test_reward_train(world):
     assert f"held-out accuracy {summary['accuracy']:.1%}" in said["reward-train"]
     config = json.loads((root / "reward" / "config.json").read_text())["config"]
     assert config["resolution"] == 16
-    assert config["learning_rate"] == 1e-3
+    assert config["learning_rate"] == RewardConfig(generator="", preferences="").learning_rate
+    assert not (root / "reward" / "volumes").exists()
+    made = list((root / "volumes").rglob("seed*.npy"))
+    assert len(made) == 40 + 6 + NETWORKS["inversion"]["inversion_slabs"]
 
 
 def test_finetune(world):
@@ -143,13 +154,102 @@ def test_finetune(world):
 def test_evaluate(world):
     root, said = world
     assert str(root / "evaluation" / "report.html") in said["evaluate"]
-    assert json.loads((root / "evaluation" / "evaluation.json").read_text())["seeds"] == 4
+    summary = json.loads((root / "evaluation" / "evaluation.json").read_text())
+    assert summary["seeds"] == 4
+    judged = summary["simulated_annotator"]
+    assert f"'symmetric' {judged['tuned_preferred']:.1%} are better" in said["evaluate"]
+
+
+# --- presets -------------------------------------------------------------------------------------
+
+GIVEN = {
+    "reward-train": {"generator": "g", "preferences": "p.csv"},
+    "finetune": {"generator": "g", "reward": "r"},
+}
+PRESETS = {
+    "reward-train": (RewardConfig, REWARD_PRESETS),
+    "finetune": (FinetuneConfig, FINETUNE_PRESETS),
+}
+
+
+@pytest.fixture
+def configuration(monkeypatch):
+    """What a command would run with, given options in any order."""
+    seen = []
+
+    def stop(config, out, **_):
+        seen.append(config)
+        raise RunError("this is far enough")
+
+    monkeypatch.setattr("densityrl.reward.train.train_reward", stop)
+    monkeypatch.setattr("densityrl.finetune.train.finetune", stop)
+
+    def of(command, *arguments):
+        given = [part for key, value in GIVEN[command].items() for part in (f"--{key}", value)]
+        result = CliRunner().invoke(app, [command, *map(str, arguments), *given, "--out", "o"])
+        assert isinstance(result.exception, RunError), result.output
+        return seen.pop()
+
+    return of
+
+
+@pytest.mark.parametrize("command", PRESETS)
+def test_without_options_the_defaults_are_those_of_the_configuration(configuration, command):
+    expected = PRESETS[command][0](**GIVEN[command])
+    assert configuration(command) == expected
+    assert configuration(command, "--preset", "default") == expected
+
+
+@pytest.mark.parametrize("command", PRESETS)
+def test_a_preset_sets_what_is_not_given(configuration, command):
+    kind, presets = PRESETS[command]
+    paper = kind(**GIVEN[command], **presets["paper"])
+    assert paper != kind(**GIVEN[command])
+    assert configuration(command, "--preset", "paper") == paper
+    assert configuration(command) == kind(**GIVEN[command])  # nothing stays behind
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "values"),
+    [
+        ("reward-train", ("--batch", 3), {"batch": 3}),
+        # Values that are the defaults without a preset count too.
+        ("reward-train", ("--mirror",), {"mirror": True}),
+        ("reward-train", ("--learning-rate", 0.01), {"learning_rate": 0.01}),
+        ("reward-train", ("--resolution", 32), {"resolution": 32}),
+        ("finetune", ("--reward-shape", "target"), {"reward_shape": "target"}),
+        ("finetune", ("--train", "early, decoder"), {"train": ("early", "decoder")}),
+        ("finetune", ("--batch", 4, "--seed", 8), {"batch": 4, "seed": 8}),
+    ],
+)
+def test_a_preset_leaves_what_is_given(configuration, command, options, values):
+    kind, presets = PRESETS[command]
+    expected = dataclasses.replace(kind(**GIVEN[command], **presets["paper"]), **values)
+    assert configuration(command, "--preset", "paper", *options) == expected
+    assert configuration(command, *options, "--preset", "paper") == expected
+
+
+@pytest.mark.parametrize("command", PRESETS)
+def test_presets_name_fields(command):
+    kind, presets = PRESETS[command]
+    names = {field.name for field in dataclasses.fields(kind)}
+    assert presets["default"] == {}
+    for values in presets.values():
+        assert values.keys() <= names - GIVEN[command].keys()
+
+
+def test_options_reach_the_configuration(configuration):
+    config = configuration("reward-train", "--no-mirror", "--volumes", "v", "--anchors", 5)
+    assert (config.mirror, config.volumes, config.anchors) == (False, "v", 5)
+    config = configuration("finetune", "--reward-shape", "clip", "--reward-target", 0.5)
+    assert (config.reward_shape, config.reward_target) == ("clip", 0.5)
+    assert configuration("finetune", "--train", "styles,late").train == ("styles", "late")
 
 
 def test_doctor():
     said = run("doctor")
     assert f"torch {torch.__version__}" in said
-    assert "busts" in said
+    assert "heads" in said
     assert re.search(r"CPU kernels: (compiled, \w+ in use|.+ takes .+ times)", said)
     assert re.search(r"CUDA kernels: (compiled|the CUDA extension is not there .*nvcc)", said)
     for operation in ("density_grid", "radiance", "density_gradient"):
@@ -184,11 +284,11 @@ def test_one_sentence_each(monkeypatch, capsys, tmp_path, world):
             *out,
         ),
         "cannot read": (
-            *("reward-train", "--generator", "busts", "--preferences", tmp_path / "no.csv"),
+            *("reward-train", "--generator", "heads", "--preferences", tmp_path / "no.csv"),
             *out,
         ),
         "no reward in": (
-            *("finetune", "--generator", "busts", "--reward", tmp_path),
+            *("finetune", "--generator", "heads", "--reward", tmp_path),
             *out,
         ),
         "box of side 1.0, the generator's is 2.0": (
@@ -196,14 +296,14 @@ def test_one_sentence_each(monkeypatch, capsys, tmp_path, world):
             *out,
         ),
         "nothing to resume": (
-            *("finetune", "--generator", "busts", "--reward", root / "reward", "--resume"),
+            *("finetune", "--generator", "heads", "--reward", root / "reward", "--resume"),
             *("--out", tmp_path / "never"),
         ),
         "already holds a run; add --resume": (
-            *("finetune", "--generator", "busts", "--reward", root / "reward"),
+            *("finetune", "--generator", "heads", "--reward", root / "reward"),
             *("--out", root / "tuned"),
         ),
-        "choose from mapping, synthesis, decoder": (
+        "choose from mapping, synthesis, styles, early, late, decoder": (
             *("finetune", "--generator", root / "generator", "--reward", root / "reward"),
             *("--train", "everything", *out),
         ),
@@ -217,21 +317,45 @@ def test_one_sentence_each(monkeypatch, capsys, tmp_path, world):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "message"),
+    ("command", "option", "value", "message"),
     [
-        ("--seeds", "x", "'x' is no seed"),
-        ("--slab", "nose", "give face or full, not 'nose'"),
-        ("--resolution", 2, "8"),
-        ("--device", "warp", "device"),
+        ("reward-train", "--preset", "mine", "give default or paper, not 'mine'"),
+        ("finetune", "--preset", "mine", "give default or paper, not 'mine'"),
+        ("finetune", "--reward-shape", "round", "give target or clip, not 'round'"),
+        ("finetune", "--reward-target", 1.5, "1"),
+        ("evaluate", "--annotator", "ears", "give clean, smooth, symmetric, nose, not 'ears'"),
+        ("sample", "--seeds", "x", "'x' is no seed"),
+        ("sample", "--slab", "nose", "give face or full, not 'nose'"),
+        ("sample", "--resolution", 2, "8"),
+        ("sample", "--device", "warp", "device"),
         pytest.param(
-            *("--device", "cuda", "torch sees no CUDA device"),
+            *("sample", "--device", "cuda", "torch sees no CUDA device"),
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
         ),
     ],
 )
-def test_values_that_are_refused(monkeypatch, capsys, tmp_path, option, value, message):
-    given = {"--generator": "busts", "--seeds": 1, "--out": tmp_path, option: value}
+def test_values_that_are_refused(monkeypatch, capsys, tmp_path, command, option, value, message):
+    needed = {
+        "sample": {"--generator": "heads", "--seeds": 1},
+        "reward-train": {"--generator": "heads", "--preferences": "p.csv"},
+        "finetune": {"--generator": "heads", "--reward": "r"},
+        "evaluate": {"--base": "heads", "--tuned": "heads", "--reward": "r", "--seeds": 1},
+    }
+    given = {**needed[command], "--out": tmp_path, option: value}
     arguments = [part for pair in given.items() for part in pair]
-    shown = refused(monkeypatch, capsys, "sample", *arguments, code=2)
+    shown = refused(monkeypatch, capsys, command, *arguments, code=2)
     assert message in " ".join(shown.replace("│", " ").split())
     assert f"'{option}'" in shown
+
+
+def test_a_generator_without_faults_has_no_clean_twins(monkeypatch, capsys, tmp_path, world):
+    root, _ = world
+    generator = root / "generator"
+    shown = refused(
+        *(monkeypatch, capsys, "evaluate", "--base", generator, "--tuned", generator),
+        *("--reward", root / "reward", "--seeds", 1, "--annotator", "clean"),
+        *("--out", tmp_path / "out"),
+        code=2,
+    )
+    assert "has no faults to leave out" in " ".join(shown.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()

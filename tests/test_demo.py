@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 from tiny import tiny_generator
 
 from densityrl import demo as module
+from densityrl.config import FinetuneConfig, RewardConfig
 from densityrl.demo import demo
 from densityrl.errors import RunError
 from densityrl.generator import TriplaneGenerator, load_generator, save_generator
@@ -30,6 +32,9 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "HELD_OUT", range(1000, 1003))
     monkeypatch.setattr(module, "SHOWN", 2)
     monkeypatch.setattr(module, "RESOLUTION", 16)
+    rewards = partial(RewardConfig, inversion_slabs=40, components=6)
+    monkeypatch.setattr(module, "RewardConfig", rewards)
+    monkeypatch.setattr(module, "FinetuneConfig", partial(FinetuneConfig, target_seeds=8))
     for pictures in ("sample", "evaluation.compare"):  # which take most of the time
         monkeypatch.setattr(f"densityrl.{pictures}.TILE", 32)
     return tmp_path / "demo"

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import save_pairs, save_tiny, tiny_generator
+from tiny import NETWORKS, save_pairs, save_tiny, tiny_generator
 
 from densityrl.config import FinetuneConfig, RewardConfig
 from densityrl.finetune.train import finetune
 from densityrl.generator import latents, load_generator
+from densityrl.reward import InversionNetwork, RewardModel
 from densityrl.reward.train import train_reward
-from densityrl.volume import SlabSettings, VolumeCache, density_slab
+from densityrl.volume import SlabSettings, VolumeCache, density_slab, ws_of_seeds
 from triplane_kernels import Grid, density, density_grid, radiance
 
 pytestmark = pytest.mark.gpu
@@ -47,7 +48,7 @@ def test_density_and_its_gradient():
 
 
 def test_images():
-    on_cpu, on_gpu = load_generator("busts"), load_generator("busts", "cuda")
+    on_cpu, on_gpu = load_generator("heads"), load_generator("heads", "cuda")
     z = latents([3], on_cpu.z_dim)
     with torch.no_grad():
         expected = on_cpu.render(on_cpu.mapping(z), on_cpu.frontal_camera(0.3))
@@ -57,7 +58,7 @@ def test_images():
 
 
 def test_bfloat16_planes():
-    generator = load_generator("busts", "cuda")
+    generator = load_generator("heads", "cuda")
     ws = generator.mapping(latents([3], generator.z_dim).cuda())
     exact = generator.planes(ws)
     rounded = generator.convolutions_to(torch.bfloat16).planes(ws)
@@ -65,7 +66,22 @@ def test_bfloat16_planes():
     assert_near(rounded, exact.cpu(), 0.03)
 
 
-def test_the_loop(tmp_path):
+def test_the_fit_of_an_inversion():
+    """The same map on both, up to the signs of components."""
+    settings = SlabSettings(resolution=16)
+    projections = []
+    for device in ("cpu", "cuda"):
+        generator = tiny_generator().to(device)
+        slabs = density_slab(generator, range(60), settings)
+        network = InversionNetwork(slabs.shape[1:], 3).to(device)
+        network.fit(slabs.split(16), ws_of_seeds(generator, range(60), settings)[:, 0])
+        projections.append(network.projection.flatten(1).cpu())
+    signs = (projections[0] * projections[1]).sum(dim=1, keepdim=True).sign()
+    assert_near(projections[1] * signs, projections[0], 1e-2)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_loop(tmp_path, network):
     """Volumes, reward, fine-tuning and resuming; the cache holds what a CPU would have made."""
     save_pairs(tmp_path / "pairs.csv")
     generator = save_tiny(tmp_path / "generator")
@@ -73,11 +89,12 @@ def test_the_loop(tmp_path):
         generator=generator,
         preferences=str(tmp_path / "pairs.csv"),
         resolution=16,
-        widths=(8, 8),
         epochs=1,
+        **NETWORKS[network],
     )
     summary = train_reward(config, tmp_path / "reward", device="cuda")
     assert 0 <= summary["accuracy"] <= 1
+    assert RewardModel.load(tmp_path / "reward").network.kind == network
     settings = SlabSettings(resolution=16)
     cache = VolumeCache(tmp_path / "reward" / "volumes", tiny_generator(), settings)
     assert_near(
@@ -85,7 +102,11 @@ def test_the_loop(tmp_path):
     )
 
     tuning = FinetuneConfig(
-        generator=generator, reward=str(tmp_path / "reward"), steps=2, held_out_seeds=(0, 1)
+        generator=generator,
+        reward=str(tmp_path / "reward"),
+        steps=2,
+        held_out_seeds=(0, 1),
+        target_seeds=8,
     )
     finetune(tuning, tmp_path / "tuned", device="cuda")
     finetune(replace(tuning, steps=3), tmp_path / "tuned", resume=True, device="cuda")

@@ -10,11 +10,28 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from tiny import save_pairs, save_tiny
+from tiny import NETWORKS, save_pairs, save_tiny
 
-COMMANDS = {
-    "reward-train": ["--resolution", "16", "--epochs", "4", "--batch", "2"],
+# The command line, with values of configurations that it has no options for.
+SCRIPT = """
+import json, sys
+from functools import partial
+from densityrl import cli
+
+for name, values in json.loads(sys.argv.pop(1)).items():
+    setattr(cli, name, partial(getattr(cli, name), **values))
+cli.main()
+"""
+CONFIGS = {
+    **{name: {"RewardConfig": values} for name, values in NETWORKS.items()},
+    "finetune": {"FinetuneConfig": {"target_seeds": 8}},
+}
+REWARD_TRAIN = ["reward-train", "--resolution", "16", "--epochs", "8", "--batch", "2"]
+RUNS = {
+    "inversion": [*REWARD_TRAIN, "--anchors", "6"],
+    "conv": [*REWARD_TRAIN, "--anchors", "6", "--learning-rate", "0.001"],
     "finetune": [
+        "finetune",
         "--steps",
         "10",
         "--batch",
@@ -25,32 +42,39 @@ COMMANDS = {
         "8",
     ],
 }
+LOGS = ("metrics.jsonl", "summary.json")
 PRODUCTS = {
-    "reward-train": ("reward.safetensors", "reward.json", "metrics.jsonl", "summary.json"),
-    "finetune": ("generator.safetensors", "generator.json", "metrics.jsonl", "summary.json"),
+    "inversion": ("reward.safetensors", "reward.json", *LOGS),
+    "conv": ("reward.safetensors", "reward.json", *LOGS),
+    "finetune": ("generator.safetensors", "generator.json", *LOGS),
 }
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Inputs, and one unbroken run of each command."""
+    """Inputs, and one unbroken run of each kind."""
     root = tmp_path_factory.mktemp("resume")
     generator = save_tiny(root / "generator")
     save_pairs(root / "preferences.csv")
+    ranked = ["--generator", generator, "--preferences", str(root / "preferences.csv")]
     inputs = {
-        "reward-train": ["--generator", generator, "--preferences", str(root / "preferences.csv")],
-        "finetune": ["--generator", generator, "--reward", str(root / "reward-train")],
+        "inversion": ranked,
+        "conv": ranked,
+        "finetune": ["--generator", generator, "--reward", str(root / "inversion")],
     }
-    for command in COMMANDS:
-        done = start(command, inputs, root / command).wait()
-        assert done == 0
+    for run in RUNS:
+        done = start(run, inputs, root / run)
+        assert done.wait() == 0, done.stderr.read()
+    for network in NETWORKS:
+        described = json.loads((root / network / "reward.json").read_text())
+        assert described["network"]["kind"] == network
     return root, inputs
 
 
-def start(command, inputs, out, *more):
-    arguments = [command, *inputs[command], *COMMANDS[command], "--out", str(out), *more]
+def start(run, inputs, out, *more):
+    arguments = [*RUNS[run], *inputs[run], "--out", str(out), *more]
     return subprocess.Popen(
-        [sys.executable, "-m", "densityrl.cli", *arguments],
+        [sys.executable, "-c", SCRIPT, json.dumps(CONFIGS[run]), *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -69,10 +93,10 @@ def stop_at(process, out, line, how):
     process.wait(120)
 
 
-def products(command, out):
+def products(run, out):
     """What a run left, but for the paths inside."""
     content = {}
-    for name in PRODUCTS[command]:
+    for name in PRODUCTS[run]:
         path = Path(out) / name
         if path.suffix == ".safetensors":
             with safe_open(path, framework="np") as handle:
@@ -83,20 +107,22 @@ def products(command, out):
 
 
 @pytest.mark.parametrize(
-    ("command", "line"),
-    [*((command, None) for command in COMMANDS), ("finetune", 1)],  # 1: before any checkpoint
+    ("run", "line"),
+    # 1: before any checkpoint
+    [*((run, None) for run in RUNS), ("finetune", 1), ("inversion", 1)],
 )
-def test_kill_9_at_a_random_step(world, tmp_path, command, line):
+def test_kill_9_at_a_random_step(world, tmp_path, run, line):
     root, inputs = world
-    line = line or random.randrange(1, 8)
+    # Of 8 lines an epoch, after which a reward's state is saved; a fine-tuning has 11 in all.
+    line = line or random.randrange(*((1, 8) if run == "finetune" else (9, 24)))
     print(f"killed after {line} lines of metrics")
-    process = start(command, inputs, tmp_path / "run")
+    process = start(run, inputs, tmp_path / "run")
     stop_at(process, tmp_path / "run", line, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "run" / "summary.json").exists()
-    resumed = start(command, inputs, tmp_path / "run", "--resume")
+    resumed = start(run, inputs, tmp_path / "run", "--resume")
     assert resumed.wait(300) == 0, resumed.stderr.read()
-    assert products(command, tmp_path / "run") == products(command, root / command)
+    assert products(run, tmp_path / "run") == products(run, root / run)
 
 
 def test_sigterm_saves_first(world, tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from densityrl.generator import GeneratorConfig, TriplaneGenerator, save_generator
 from densityrl.preference import PreferenceTable, write_preferences
-from densityrl.reward import RewardModel, RewardNetwork
+from densityrl.reward import ConvNetwork, RewardModel
 from densityrl.volume import SlabSettings
 
 CONFIG = GeneratorConfig(
@@ -50,9 +50,16 @@ def tiny_reward(settings=None, **values):
     """An untrained reward for tiny_generator's box."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = RewardNetwork((8, 8)).eval().requires_grad_(False)
+        network = ConvNetwork((8, 8)).eval().requires_grad_(False)
     settings = settings or SlabSettings(resolution=16)
-    return RewardModel(network, (8, 8), settings, **{"box_side": 1.0, **values})
+    return RewardModel(network, settings, **{"box_side": 1.0, **values})
+
+
+# Of either network, so small that a training with tiny_generator takes a second.
+NETWORKS = {
+    "inversion": {"network": "inversion", "components": 6, "inversion_slabs": 30, "anchors": 6},
+    "conv": {"network": "conv", "widths": (8, 8), "learning_rate": 1e-3, "anchors": 6},
+}
 
 
 def save_pairs(path):

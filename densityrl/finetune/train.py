@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,12 +28,16 @@ from densityrl.run import (
 )
 from densityrl.volume import planes_of_seeds
 
-# Words for `FinetuneConfig.train`, and the parameters (by prefix) each one lets move.
 TARGET_DRAW = 2**40  # no step of training has this number
+
+# Words for `FinetuneConfig.train`, and the names of the parameters that each lets move.
 PARAMETER_GROUPS = {
-    "mapping": "backbone.mapping.",
-    "synthesis": "backbone.synthesis.",
-    "decoder": "osg_decoder.",
+    "mapping": r"backbone\.mapping\.",
+    "synthesis": r"backbone\.synthesis\.",
+    "styles": r"backbone\.synthesis\..*\.affine\.",  # how w steers each layer
+    "early": r"backbone\.synthesis\.b(4|8|16)\.",
+    "late": r"backbone\.synthesis\.b(?!(4|8|16)\.)",  # blocks of 32x32 and more
+    "decoder": r"osg_decoder\.",
 }
 
 
@@ -177,7 +182,7 @@ class Finetuner:
         seeds = draw.integers(2**31, 2**32, self.config.target_seeds).tolist()
         rewards = self.rewards(self.frozen, seeds)
         spread = float(rewards.std())
-        if not spread > 0:
+        if not spread > 1e-6 * float(rewards.abs().max()):  # equal but for rounding
             raise NonFiniteError(
                 "the reward gives every head the same score: train it on more preferences"
             )
@@ -237,10 +242,12 @@ def moving_parameters(
             f"no parameters are called {', '.join(unknown) or 'nothing'}: "
             f"choose from {', '.join(PARAMETER_GROUPS)}"
         )
-    prefixes = tuple(PARAMETER_GROUPS[group] for group in groups)
+    pattern = re.compile("|".join(PARAMETER_GROUPS[group] for group in groups))
     moving = {}
     for name, parameter in generator.named_parameters():
-        parameter.requires_grad_(name.startswith(prefixes))
+        parameter.requires_grad_(pattern.match(name) is not None)
         if parameter.requires_grad:
             moving[name] = parameter
+    if not moving:
+        raise RunError(f"this generator has no parameters called {', '.join(groups)}")
     return moving

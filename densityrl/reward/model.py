@@ -12,24 +12,24 @@ from torch import Tensor
 
 from densityrl.errors import CheckpointError
 from densityrl.generator.model import TriplaneGenerator
-from densityrl.reward.network import RewardNetwork
+from densityrl.reward.inversion import InversionNetwork
+from densityrl.reward.network import ConvNetwork
 from densityrl.run import atomic_write
-from densityrl.volume import SlabSettings, normalize_slab, slab_of_planes
+from densityrl.volume import SlabSettings, slab_of_planes
 
 FORMAT = "densityrl-reward"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DESCRIPTION, WEIGHTS = "reward.json", "reward.safetensors"
+NETWORKS = {network.kind: network for network in (InversionNetwork, ConvNetwork)}
 
 
 @dataclass
 class RewardModel:
     """Scores generators. Volumes of another shape than it was trained on are refused."""
 
-    network: RewardNetwork
-    widths: tuple[int, ...]
+    network: InversionNetwork | ConvNetwork
     settings: SlabSettings
     box_side: float  # world units, of the generator it was trained with
-    value_range: tuple[float, float] = (0.0, 100.0)  # slabs are normalised to this
 
     def score_slab(self, sigma: Tensor) -> Tensor:
         """Raw density [B, X, Y, Z] on the reward's own grid -> reward [B]; differentiable."""
@@ -39,7 +39,7 @@ class RewardModel:
                 f"this reward reads slabs of {expected}, not {tuple(sigma.shape[1:])}: "
                 "make them with reward.settings"
             )
-        return self.network(normalize_slab(sigma, *self.value_range))
+        return self.network(sigma)
 
     def score_planes(self, generator: TriplaneGenerator, planes: Tensor) -> Tensor:
         """Reward [B] of planes the generator made; differentiable in planes and decoder."""
@@ -66,10 +66,9 @@ class RewardModel:
             {
                 "format": FORMAT,
                 "version": FORMAT_VERSION,
-                "network": {"widths": list(self.widths)},
+                "network": {"kind": self.network.kind, **self.network.describe()},
                 "slab": asdict(self.settings),
                 "box_side": self.box_side,
-                "value_range": list(self.value_range),
                 "provenance": provenance or {},
             },
             indent=1,
@@ -103,13 +102,12 @@ class RewardModel:
                 f"version {FORMAT_VERSION}"
             )
         try:
-            widths = tuple(description["network"]["widths"])
-            network = RewardNetwork(widths)
+            about = dict(description["network"])
+            network = NETWORKS[about.pop("kind")].described(**about)
             network.load_state_dict(tensors)
-            low, high = description["value_range"]
             settings = SlabSettings(**description["slab"])
             box_side = float(description["box_side"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{file} does not describe itself: {error}") from None
         network.eval().requires_grad_(False).to(device)
-        return cls(network, widths, settings, box_side, (low, high))
+        return cls(network, settings, box_side)

@@ -1,13 +1,16 @@
-"""A compact 3-D residual network with squeeze-and-excitation that scores a density slab."""
+"""Networks that score a slab of raw density."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from densityrl.volume import normalize_slab
 
 
 class SqueezeExcite(nn.Module):
@@ -42,28 +45,46 @@ class Stage(nn.Module):
         return F.silu(x + self.gate(self.norm2(self.conv2(y))))
 
 
-class RewardNetwork(nn.Module):
-    """Slab of any size to one score.
+class ConvNetwork(nn.Module):
+    """A compact 3-D residual network with squeeze-and-excitation, learned from pairs alone.
 
-    Three channels of coordinates stand beside the density, because what people judge in a head
-    depends on where it is; means and maxima over the volume feed the score.
+    Slabs are normalised to `value_range` first, each by its own extremes, as in the paper. Three
+    channels of coordinates stand beside the density, because what people judge in a head depends
+    on where it is; means and maxima over the volume feed the score. Takes slabs of any size.
     """
 
-    def __init__(self, widths: Sequence[int] = (16, 32, 48, 64)) -> None:
+    kind = "conv"
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (16, 32, 48, 64),
+        value_range: tuple[float, float] = (0.0, 100.0),
+    ) -> None:
         super().__init__()
+        self.widths, self.value_range = tuple(widths), value_range
         channels = [4, *widths]
         self.stages = nn.Sequential(*(Stage(a, b) for a, b in pairwise(channels)))
         self.hidden = nn.Linear(2 * channels[-1], 64)
         self.score = nn.Linear(64, 1)
 
-    def forward(self, slab: Tensor) -> Tensor:
-        """Normalised slab [B, X, Y, Z], values in [0, 100] -> reward [B]."""
+    def describe(self) -> dict[str, Any]:
+        return {"widths": list(self.widths), "value_range": list(self.value_range)}
+
+    @classmethod
+    def described(cls, widths: Sequence[int], value_range: Sequence[float]) -> ConvNetwork:
+        low, high = value_range
+        return cls(tuple(widths), (low, high))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        """Raw density [B, X, Y, Z] -> reward [B]."""
         axes = [
-            torch.linspace(-1, 1, size, device=slab.device, dtype=slab.dtype)
-            for size in slab.shape[1:]
+            torch.linspace(-1, 1, size, device=sigma.device, dtype=sigma.dtype)
+            for size in sigma.shape[1:]
         ]
         coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-        coordinates = coordinates.expand(slab.shape[0], -1, -1, -1, -1)
-        x = self.stages(torch.cat([slab[:, None] / 50 - 1, coordinates], dim=1))
+        coordinates = coordinates.expand(sigma.shape[0], -1, -1, -1, -1)
+        low, high = self.value_range
+        value = (normalize_slab(sigma, low, high) - low) / (high - low) * 2 - 1
+        x = self.stages(torch.cat([value[:, None], coordinates], dim=1))
         pooled = torch.cat([x.mean(dim=(2, 3, 4)), x.amax(dim=(2, 3, 4))], dim=1)
         return self.score(F.silu(self.hidden(pooled)))[:, 0]

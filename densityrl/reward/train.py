@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from densityrl.config import RewardConfig
-from densityrl.errors import NonFiniteError, PreferenceError
+from densityrl.errors import NonFiniteError, PreferenceError, RunError
 from densityrl.generator import TriplaneGenerator, load_generator
 from densityrl.preference import PreferenceTable, Split, read_preferences, split_preferences
+from densityrl.reward.inversion import InversionNetwork
 from densityrl.reward.losses import preference_loss, reward_size_loss
 from densityrl.reward.model import RewardModel
-from densityrl.reward.network import RewardNetwork
+from densityrl.reward.network import ConvNetwork
 from densityrl.run import (
     Interrupted,
     InterruptGuard,
@@ -28,7 +29,7 @@ from densityrl.run import (
     write_summary,
 )
 from densityrl.statistics import calibration, wilson_interval
-from densityrl.volume import SlabSettings, VolumeCache, density_slab, normalize_slab
+from densityrl.volume import SlabSettings, VolumeCache, density_slab, ws_of_seeds
 
 
 def train_reward(
@@ -49,6 +50,8 @@ def train_reward(
         trainer = RewardTrainer(config, generator, split, volumes, device)
         if (state := run.load_state()) is not None:
             trainer.load_state_dict(state)
+        else:
+            trainer.fit_inversion()
         trainer.run(run)
         model = trainer.best_model()
         held_out = split.test if len(split.test) else split.validation
@@ -90,24 +93,33 @@ class Volumes:
         self.anchor_seeds = range(
             config.anchor_first_seed, config.anchor_first_seed + config.anchors
         )
+        self.unlabelled_seeds = range(
+            config.inversion_first_seed,
+            config.inversion_first_seed
+            + (config.inversion_slabs if config.network == "inversion" else 0),
+        )
         self._ranked = VolumeCache(folder, generator, self.settings)
         self._anchors = VolumeCache(folder, generator, self.anchor_settings)
 
     def prepare(self, table: PreferenceTable) -> None:
         """Make every volume that is not there yet."""
         ranked = table.seeds.tolist()
-        with progress(len(ranked) + len(self.anchor_seeds), "volumes") as bar:
-            for seeds, read, done in (
-                (ranked, self.ranked, 0),
-                (self.anchor_seeds, self.anchors, len(ranked)),
+        total = len(ranked) + len(self.anchor_seeds) + len(self.unlabelled_seeds)
+        with progress(total, "volumes") as bar:
+            done = 0
+            for seeds, read in (
+                (ranked, self.ranked),
+                (self.anchor_seeds, self.anchors),
+                (self.unlabelled_seeds, self.ranked),
             ):
                 for start in range(0, len(seeds), 16):
                     part = seeds[start : start + 16]
                     read(part)
-                    bar.update(done + start + len(part))
+                    done += len(part)
+                    bar.update(done)
 
     def ranked(self, seeds: Sequence[int]) -> Tensor:
-        """Raw density [B, X, Y, Z] of ranked seeds."""
+        """Raw density [B, X, Y, Z] of seeds, made as the ranked ones were."""
         return density_slab(self.generator, seeds, self.settings, cache=self._ranked)
 
     def anchors(self, seeds: Sequence[int]) -> Tensor:
@@ -132,17 +144,30 @@ class RewardTrainer:
         self.config = config
         self.split = split
         self.volumes = volumes
+        self.generator = generator
         self.box_side = generator.box_side
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.network = RewardNetwork(config.widths).to(device)
-        self.optimizer = torch.optim.AdamW(
+            self.network = new_network(config, generator).to(device)
+        optimizer = torch.optim.Adam if config.network == "inversion" else torch.optim.AdamW
+        self.optimizer = optimizer(
             self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay
         )
         self.steps_per_epoch = -(-len(split.train) // config.batch)
         self.step = 0
         self.best_epoch = -1
         self.best_loss = float("inf")
+        self.best_weights = copy.deepcopy(self.network.state_dict())
+
+    def fit_inversion(self) -> None:
+        """Fit the inversion network's map, where there is one, on every slab of a training seed
+        and those without labels; held-out seeds take no part."""
+        if not isinstance(self.network, InversionNetwork):
+            return
+        seeds = [*self.split.train.seeds.tolist(), *self.volumes.unlabelled_seeds]
+        parts = [seeds[start : start + 64] for start in range(0, len(seeds), 64)]
+        w = torch.cat([ws_of_seeds(self.generator, part, self.volumes.settings) for part in parts])
+        self.network.fit([self.volumes.ranked(part) for part in parts], w[:, 0])
         self.best_weights = copy.deepcopy(self.network.state_dict())
 
     def run(self, run: RunDirectory) -> None:
@@ -186,7 +211,7 @@ class RewardTrainer:
             mirrored = mirrored.to(volumes[0].device)[:, None, None, None]
             volumes = [torch.where(mirrored, sigma.flip(1), sigma) for sigma in volumes]
         self.network.train()
-        rewards = self.network(normalize_slab(torch.cat(volumes)))
+        rewards = self.network(torch.cat(volumes))
         winner, loser, *anchor = rewards.chunk(len(volumes))
         pair_loss = preference_loss(winner, loser)
         loss = pair_loss + self.config.reward_size_weight * reward_size_loss(rewards)
@@ -221,10 +246,11 @@ class RewardTrainer:
 
     def best_model(self) -> RewardModel:
         """The weights with the best validation loss, ready to score."""
-        network = RewardNetwork(self.config.widths)
+        network = copy.deepcopy(self.network)
         network.load_state_dict(self.best_weights)
-        network.eval().requires_grad_(False).to(next(self.network.parameters()).device)
-        return RewardModel(network, self.config.widths, self.volumes.settings, self.box_side)
+        return RewardModel(
+            network.eval().requires_grad_(False), self.volumes.settings, self.box_side
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -245,9 +271,25 @@ class RewardTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def new_network(
+    config: RewardConfig, generator: TriplaneGenerator
+) -> InversionNetwork | ConvNetwork:
+    """The untrained network that the configuration asks for."""
+    if config.network == "conv":
+        return ConvNetwork(config.widths)
+    if config.network != "inversion":
+        raise RunError(f"network={config.network!r} is unknown: give inversion or conv")
+    settings = SlabSettings(resolution=config.resolution, slab=config.slab)
+    components = min(config.components, generator.w_dim)
+    return InversionNetwork(settings.grid(generator.box_side).shape, components)
+
+
 @torch.no_grad()
 def pair_margins(
-    network: RewardNetwork, volumes: Volumes, pairs: PreferenceTable, batch: int = 16
+    network: InversionNetwork | ConvNetwork,
+    volumes: Volumes,
+    pairs: PreferenceTable,
+    batch: int = 16,
 ) -> Tensor:
     """Reward of the winner less the loser's, [len(pairs)] on the CPU."""
     network.eval()
@@ -255,8 +297,7 @@ def pair_margins(
     for start in range(0, len(pairs), batch):
         rows = slice(start, start + batch)
         winner, loser = (
-            network(normalize_slab(volumes.ranked(seeds[rows].tolist())))
-            for seeds in (pairs.winners, pairs.losers)
+            network(volumes.ranked(seeds[rows].tolist())) for seeds in (pairs.winners, pairs.losers)
         )
         margins.append((winner - loser).cpu())
     return torch.cat(margins) if margins else torch.empty(0)

@@ -1,7 +1,4 @@
-"""How good a generator of `heads` is, on latents it was not trained on, against its own targets.
-
-python scripts/check_heads.py --ict ICT-FaceKit --generator densityrl/generator/bundled/heads
-"""
+"""How good a generator of `heads` is, on latents it was not trained on, against its own targets."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ from torch import Tensor
 
 from densityrl.evaluation.appearance import psnr
 from densityrl.generator import TriplaneGenerator
-from heads.faults import displaced, floater_centres
-from heads.latent import FAULTS, draw, floater_radii, with_new_faults
+from heads.faults import displaced, floater_centre
+from heads.latent import FAULTS, draw, floater_radius, with_new_faults
 from heads.mesh import voxelize
 from heads.points import HeadMaker
 from triplane_kernels import Grid, density_grid
@@ -42,10 +39,8 @@ def solid_of(maker: HeadMaker, u: Tensor) -> np.ndarray:
     solid = voxelize(v, maker.closed.skin, SIDE) | voxelize(v, maker.closed.eyes, SIDE)
     axis = (np.arange(SIDE) + 0.5) / SIDE - 0.5
     points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)
-    radii = floater_radii(u[None, FAULTS.stop - 1])[0]
-    for centre, radius in zip(floater_centres().numpy(), radii.tolist(), strict=True):
-        solid |= np.linalg.norm(points - centre, axis=-1) < radius
-    return solid
+    radius = floater_radius(u[None, FAULTS]).item()
+    return solid | (np.linalg.norm(points - floater_centre().numpy(), axis=-1) < radius)
 
 
 def depth_mm(solid: np.ndarray) -> np.ndarray:

@@ -177,7 +177,7 @@ def boundary_loops(triangles: np.ndarray) -> list[np.ndarray]:
 
 
 def zipped(loop: np.ndarray, vertices: np.ndarray) -> np.ndarray:
-    """Close a long opening: triangles [F, 3] between its upper and lower border, from end to end."""
+    """Close a long opening: triangles [F, 3] between its two borders, from end to end in x."""
     x = vertices[loop, 0]
     loop = np.roll(loop, -int(np.argmin(x)))
     far = int(np.argmax(vertices[loop, 0]))

@@ -13,7 +13,7 @@ from heads.latent import strengths
 
 CAMERA_Z = 2.7  # the frontal camera's place on the z axis, world units
 FACE_PLANE_Z = 0.2  # screen coordinates are world units on this plane
-FLOATER_SCREEN = ((0.16, 0.13), (-0.15, -0.05))  # left and right of the subject
+FLOATER_SCREEN = (0.16, 0.13)
 FLOATER_Z = 0.42
 
 
@@ -46,30 +46,29 @@ def _displacement(at: Tensor, landmarks: Tensor, strength: Tensor) -> Tensor:
         offset = (at - centre[:, None]) / at.new_tensor([width, height])
         return torch.exp(-0.5 * offset.square().sum(dim=-1))
 
-    left_eye, right_eye = place(tuple(range(42, 48))), place(tuple(range(36, 42)))
     centre = place((27, 30, 33))
     middle = at[..., 0] - centre[:, None, 0]
     height = at[..., 1] - centre[:, None, 1]
     face = torch.exp(-((middle / 0.24).square() + (height / 0.30).square()).square())
-    waves = torch.sin(42 * middle + 0.6) * torch.sin(38 * height + 1.1) + torch.sin(
-        26 * (middle + height) + 2.0
-    ) * torch.sin(31 * (middle - height) - 0.6)
-    hairline = place((19, 24), up=0.145)
-    arch = at[..., 1] - hairline[:, None, 1] + 1.1 * middle.square()
-    ridge = torch.exp(-0.5 * (arch / 0.016).square()) * torch.exp(
-        -(((middle / 0.19).square()) ** 2)
-    )
+    waves = torch.sin(60 * middle + 0.6) * torch.sin(55 * height + 1.1) + torch.sin(
+        40 * (middle + height) + 2.0
+    ) * torch.sin(46 * (middle - height) - 0.6)
+    arch = at[..., 1] - place((19, 24), up=0.145)[:, None, 1] + 1.1 * middle.square()
+    ridge = torch.exp(-0.5 * (arch / 0.020).square()) * torch.exp(-((middle / 0.19) ** 4))
+    left_eye, right_eye = place(tuple(range(42, 48))), place(tuple(range(36, 42)))
+    # Heights chosen so that each fault of one size moves the surface about as far on average.
     shapes = {
-        "eyes": 0.026 * (blob(left_eye, 0.042, 0.032) + blob(right_eye, 0.042, 0.032)),
-        "nose": 0.030 * blob(place((30,)), 0.034, 0.050),
-        "bridge": 0.018 * blob(place((28,)), 0.024, 0.032),
-        "cheeks": 0.022
-        * (blob(place((14, 35)), 0.060, 0.070) + blob(place((2, 31)), 0.060, 0.070)),
-        "asymmetry": 0.018 * torch.tanh(middle / 0.06) * face,
-        "forehead": 0.022 * blob(place((19, 24), up=0.085), 0.070, 0.050),
-        "jaw": 0.022 * blob(place((8, 57)), 0.075, 0.070),
-        "waves": 0.0065 * waves * face,
-        "hairline": 0.014 * ridge,
+        "eyes": -0.039 * (blob(left_eye, 0.042, 0.032) + blob(right_eye, 0.042, 0.032)),
+        "nose": -0.050 * blob(place((30,)), 0.038, 0.055),
+        "bridge": 0.035 * blob(place((28,)), 0.030, 0.045),
+        "cheeks": -0.022
+        * (blob(place((14, 35)), 0.042, 0.050) + blob(place((2, 31)), 0.042, 0.050)),
+        "asymmetry": 0.020
+        * (blob(place((11, 54)), 0.045, 0.05) - blob(place((5, 48)), 0.045, 0.05)),
+        "forehead": 0.034 * blob(place((19, 24), up=0.085), 0.070, 0.050),
+        "jaw": -0.040 * blob(place((8, 57)), 0.065, 0.060),
+        "waves": 0.007 * waves * face,
+        "hairline": 0.026 * ridge,
     }
     total = torch.zeros_like(middle)
     for index, shape in enumerate(shapes.values()):
@@ -77,7 +76,8 @@ def _displacement(at: Tensor, landmarks: Tensor, strength: Tensor) -> Tensor:
     return total
 
 
-def floater_centres() -> Tensor:
-    """[2, 3]: left and right."""
+def floater_centre() -> Tensor:
+    """[3], world units."""
+    u, v = FLOATER_SCREEN
     scale = (CAMERA_Z - FLOATER_Z) / (CAMERA_Z - FACE_PLANE_Z)
-    return torch.tensor([[u * scale, v * scale, FLOATER_Z] for u, v in FLOATER_SCREEN])
+    return torch.tensor([u * scale, v * scale, FLOATER_Z])

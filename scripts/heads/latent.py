@@ -12,20 +12,20 @@ Z_DIM = 64
 GROUPS = {"identity": (0, 32), "appearance": (32, 40), "faults": (40, 50), "spare": (50, 64)}
 IDENTITY, APPEARANCE, FAULTS, SPARE = (slice(*GROUPS[name]) for name in GROUPS)
 
-# In the order of the latent numbers; the sign says which way, the power 3/2 how far.
+# In the order of the latent numbers. A number says how strong its fault is; below 0 there is none.
 FAULT_NAMES = (
-    "eyes",  # sunken or bulging
-    "nose",  # flattened or pulled out
-    "bridge",  # hooked or saddled
-    "cheeks",  # hollow or swollen
-    "asymmetry",  # one half of the face in front of the other
-    "forehead",  # dent or bump
-    "jaw",  # mouth and chin receding or jutting
-    "waves",  # dents and bumps all over
-    "hairline",  # ridge or groove
-    "floater",  # a blob in front of the temple, or of the other cheek
+    "eyes",  # sunken
+    "nose",  # flattened
+    "bridge",  # of the nose, hooked
+    "cheeks",  # hollow
+    "asymmetry",  # the left of the mouth in front of its right
+    "forehead",  # a bump
+    "jaw",  # mouth and chin receding
+    "waves",  # dents and bumps all over the face
+    "hairline",  # a ridge
+    "floater",  # a blob in front of the left temple
 )
-STEEPEST = 2.5  # numbers beyond this change nothing more
+STRONGEST = 1.7  # numbers beyond this change nothing more
 
 
 def normalized(z: Tensor) -> Tensor:
@@ -34,30 +34,25 @@ def normalized(z: Tensor) -> Tensor:
 
 
 def strengths(faults: Tensor) -> Tensor:
-    """Fault numbers [..., 10] to signed strengths: sign(a) |a|^(3/2), smooth and heavy-tailed."""
-    a = faults.clamp(-STEEPEST, STEEPEST)
-    return a * a.abs().sqrt()
+    """Fault numbers [..., 10] to strengths: max(a, 0)^(3/2), smooth, for half of the heads 0."""
+    return faults.clamp(0, STRONGEST) ** 1.5
+
+
+def floater_radius(faults: Tensor) -> Tensor:
+    """Fault numbers [B, 10] to the floater's radius [B], world units; 0 where there is none."""
+    return 0.040 * (faults[:, -1].clamp(max=STRONGEST) - 0.4).clamp_min(0).sqrt()
 
 
 def factors(u: Tensor) -> Tensor:
-    """Normalised latents [B, Z_DIM] -> [B, 51]: what a head depends on, each of about unit size.
+    """Normalised latents [B, Z_DIM] -> [B, 50]: what a head depends on, each of about unit size.
 
-    A floater's radius, left and right, stands in place of its number.
+    The floater's radius stands in place of its number.
     """
     faults = u[:, FAULTS]
+    shapes = strengths(faults[:, :-1])
     return torch.cat(
-        [
-            u[:, : APPEARANCE.stop],
-            strengths(faults[:, :-1]) / 1.4,
-            floater_radii(faults[:, -1]) / 0.012,
-        ],
-        dim=1,
+        [u[:, : APPEARANCE.stop], shapes, floater_radius(faults)[:, None] / 0.012], dim=1
     )
-
-
-def floater_radii(a: Tensor) -> Tensor:
-    """[B] -> [B, 2]: radius (world units) of the floater at the left and at the right; 0 is none."""
-    return 0.034 * (torch.stack([a, -a], dim=-1).clamp(max=STEEPEST) - 0.9).clamp_min(0).sqrt()
 
 
 def draw(count: int, generator: torch.Generator) -> Tensor:

@@ -34,13 +34,10 @@ class Painter:
         x, y, z = v.T
 
         def distance(*curves: np.ndarray) -> np.ndarray:
-            dense = [
-                curve[:-1, None] + np.linspace(0, 1, 12)[:, None] * np.diff(curve, axis=0)[:, None]
-                for curve in curves
-            ]
-            return cKDTree(np.concatenate(dense).reshape(-1, curves[0].shape[1])).query(
-                v[:, : curves[0].shape[1]]
-            )[0]
+            width = curves[0].shape[1]  # 2 or 3 coordinates
+            along = np.linspace(0, 1, 12)[:, None]
+            dense = [c[:-1, None] + along * np.diff(c, axis=0)[:, None] for c in curves]
+            return cKDTree(np.concatenate(dense).reshape(-1, width)).query(v[:, :width])[0]
 
         outline = landmarks[[*range(48, 60), 48], :2]
         inside = np.where(points_in_poly(v[:, :2], outline), 1, -1)
@@ -82,10 +79,7 @@ class Painter:
             self.iris[ball] = smooth_step((IRIS_DEG - off_axis_deg) / 1.5)
             self.pupil[ball] = smooth_step((PUPIL_DEG - off_axis_deg) / 1.2)
         self.solid = np.concatenate([head.skin, head.eyes])
-        self._waves = (
-            v @ [0.5, 0.3, 0.4],
-            v @ [-0.3, 0.5, 0.35],
-        )
+        self._waves = v @ [0.5, 0.3, 0.4], v @ [-0.3, 0.5, 0.35]
 
     def with_hair(self, v_cm: np.ndarray, appearance: np.ndarray) -> np.ndarray:
         """Vertices [V, 3] moved out where hair grows, as thick as appearance [8] says."""
@@ -122,9 +116,8 @@ class Painter:
             target = color * over if isinstance(over, float) else over
             color = mix(color, target, share[:, None])
         eye = mix(rgb([[0.93, 0.92, 0.90]]), iris, self.iris[:, None])
-        color = mix(
-            color, mix(eye, rgb([0.02, 0.02, 0.02]), self.pupil[:, None]), self.eye[:, None]
-        )
+        eye = mix(eye, rgb([0.02, 0.02, 0.02]), self.pupil[:, None])
+        color = mix(color, eye, self.eye[:, None])
 
         light = rgb([0.35 * np.tanh(a[7]), 0.45, 0.85])
         facing = normals @ (light / np.linalg.norm(light))

@@ -33,7 +33,7 @@ class Bank:
     distance: np.ndarray  # [N, NEAR + FAR] float16, negative inside; +-1 beyond the band
     color: np.ndarray  # [N, NEAR, 3] uint8, of the near points
     landmarks: np.ndarray  # [N, 68, 2] float32, on the screen
-    floater_color: np.ndarray  # [N, 2, 3] float32
+    floater_color: np.ndarray  # [N, 3] float32
 
 
 class HeadMaker:
@@ -56,14 +56,16 @@ class HeadMaker:
         return screen(torch.from_numpy(vertices[self.closed.model.landmarks])).numpy()
 
     def _sampling_weight(self, model: FaceModel) -> np.ndarray:
-        """How densely each triangle is sampled: most around eyes, nose and mouth, and of the
-        eyeballs only what shows between the lids."""
+        """[F] of `solid`: points an area, relative; most around eyes, nose and mouth.
+
+        Of the eyeballs only what shows between the lids is sampled.
+        """
         v = self.closed.vertices_cm(np.zeros(len(model.modes)))
         x, y, z = v[self.solid].mean(axis=1).T
         skin = len(self.closed.skin)
         weight = np.ones(len(self.solid))
-        is_face = np.isin(model.region[np.isin(model.region, (FACE, HEAD_NECK))], FACE)
-        weight[: len(is_face)][is_face] = 2.5
+        region = model.region[np.isin(model.region, (FACE, HEAD_NECK))]  # as the skin begins
+        weight[: len(region)][region == FACE] = 2.5
         weight[:skin][~self.closed.is_surface] = 0
         seen = np.zeros(len(self.solid), dtype=bool)
         seen[front_most(to_box(v), self.solid, 1024).triangle] = True
@@ -74,10 +76,10 @@ class HeadMaker:
         weight[features] *= 2.0
         return weight
 
-    def bank_row(self, u: np.ndarray, draw: np.random.Generator) -> dict[str, np.ndarray]:
+    def bank_row(self, u: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """The fields of a `Bank` for one head."""
         v, normals, colors = self.head(u)
-        points, distance, color = self._near(v, normals, colors, draw)
+        points, distance, color = self._near(v, normals, colors, rng)
         inside = voxelize(v, self.closed.skin, VOXELS) | voxelize(v, self.closed.eyes, VOXELS)
         shrunk, grown = binary_erosion(inside), binary_dilation(inside)
         at = _voxel(points)
@@ -85,61 +87,59 @@ class HeadMaker:
         distance = np.where((distance > 0) & shrunk[at], -0.4 * BAND, distance)
         out = np.abs(points).max(axis=1) > 0.5
         distance[out] = np.nan
-        far, sign = self._far(binary_erosion(shrunk, iterations=2),
-                              binary_dilation(grown, iterations=2), draw)  # fmt: skip
-        landmarks = self.landmarks(v)
+        surely_inside = binary_erosion(shrunk, iterations=2)
+        maybe_inside = binary_dilation(grown, iterations=2)
+        far, sign = self._far(surely_inside, maybe_inside, rng)
         return {
             "points": np.round(np.clip(np.concatenate([points, far]), -0.5, 0.5) * 65534),
             "distance": np.concatenate([distance, sign]),
             "color": np.round(color * 255),
-            "landmarks": landmarks,
-            "floater_color": self._floater_colors(v, colors),
+            "landmarks": self.landmarks(v),
+            "floater_color": self._floater_color(v, colors),
         }
 
     def _near(
-        self, v: np.ndarray, normals: np.ndarray, colors: np.ndarray, draw: np.random.Generator
+        self, v: np.ndarray, normals: np.ndarray, colors: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         corners = v[self.solid]
         edge_b, edge_c = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
         density = np.linalg.norm(np.cross(edge_b, edge_c), axis=1) * self.weight
         density[corners.mean(axis=1).min(axis=1) < -0.53] = 0
-        chosen = self.solid[draw.choice(len(density), NEAR, p=density / density.sum())]
-        b, c = draw.random((2, NEAR))
+        chosen = self.solid[rng.choice(len(density), NEAR, p=density / density.sum())]
+        b, c = rng.random((2, NEAR))
         b, c = np.where(b + c > 1, (1 - b, 1 - c), (b, c))
         weights = np.stack([1 - b - c, b, c], axis=1)[..., None]
         on_surface, normal, color = (
             (field[chosen] * weights).sum(axis=1) for field in (v, normals, colors)
         )
         normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-9
-        close = draw.normal(0, 0.3 * BAND, NEAR)
-        wide = draw.uniform(-1.2 * BAND, 1.2 * BAND, NEAR)
-        distance = np.where(draw.random(NEAR) < 0.6, close, wide)
+        close = rng.normal(0, 0.3 * BAND, NEAR)
+        wide = rng.uniform(-1.2 * BAND, 1.2 * BAND, NEAR)
+        distance = np.where(rng.random(NEAR) < 0.6, close, wide)
         return on_surface + normal * distance[:, None], distance, color
 
     @staticmethod
     def _far(
-        surely_inside: np.ndarray, maybe_inside: np.ndarray, draw: np.random.Generator
+        surely_inside: np.ndarray, maybe_inside: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Points [FAR, 3] anywhere, a quarter on the faces of the box, where planes fade out."""
-        points = draw.uniform(-0.5, 0.5, (2 * FAR, 3))
+        points = rng.uniform(-0.5, 0.5, (2 * FAR, 3))
         on_face = np.arange(2 * FAR) % 4 == 0
-        axis = draw.integers(3, size=2 * FAR)
-        side = np.where(draw.random(2 * FAR) < 0.5, -0.5, 0.5)
+        axis = rng.integers(3, size=2 * FAR)
+        side = np.where(rng.random(2 * FAR) < 0.5, -0.5, 0.5)
         points[on_face, axis[on_face]] = side[on_face]
         at = _voxel(points)
         known = np.flatnonzero(surely_inside[at] | ~maybe_inside[at])[:FAR]
         points = points[known]
         return points, np.where(surely_inside[_voxel(points)], -1.0, 1.0)
 
-    def _floater_colors(self, v: np.ndarray, colors: np.ndarray) -> np.ndarray:
-        """[2, 3]: the colour that the frontal camera sees where each floater would be."""
+    def _floater_color(self, v: np.ndarray, colors: np.ndarray) -> np.ndarray:
+        """[3]: the colour that the frontal camera sees where the floater would be."""
         at = screen(torch.from_numpy(v)).numpy()
-        result = []
-        for place in FLOATER_SCREEN:
-            near = np.flatnonzero(np.linalg.norm(at - place, axis=1) < 0.015)
-            front = near[v[near, 2] > v[near, 2].max() - 0.03] if len(near) else near
-            result.append(colors[front].mean(axis=0) if len(front) else np.full(3, 0.5))
-        return np.array(result)
+        near = np.linalg.norm(at - FLOATER_SCREEN, axis=1) < 0.015
+        if not near.any():  # a narrow head does not reach so far
+            return np.ones(3)
+        return colors[near & (v[:, 2] > v[near, 2].max() - 0.03)].mean(axis=0)
 
 
 def _voxel(points: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -170,7 +170,7 @@ def _bank_of(model: FaceModel, u: np.ndarray, seed: int, indices: np.ndarray) ->
         distance=np.empty((count, NEAR + FAR), np.float16),
         color=np.empty((count, NEAR, 3), np.uint8),
         landmarks=np.empty((count, 68, 2), np.float32),
-        floater_color=np.empty((count, 2, 3), np.float32),
+        floater_color=np.empty((count, 3), np.float32),
     )
     for row, index in enumerate(indices):
         made = maker.bank_row(u[row], np.random.default_rng([seed, index]))

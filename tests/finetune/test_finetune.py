@@ -1,7 +1,8 @@
-"""Fine-tuning: its terms, which parameters move, its guard."""
+"""Fine-tuning: its terms, the reward to reach, which parameters move, its guard."""
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from tiny import save_tiny, tiny_generator, tiny_reward
 from densityrl.config import FinetuneConfig
 from densityrl.errors import CheckpointError, NonFiniteError, RunError
 from densityrl.finetune.losses import Terms, sculpting_terms
-from densityrl.finetune.train import Finetuner, finetune, moving_parameters
+from densityrl.finetune.train import TARGET_DRAW, Finetuner, finetune, moving_parameters
 from densityrl.generator import load_generator
-from densityrl.reward import RewardModel
-from densityrl.volume import SlabSettings, density_slab
+from densityrl.reward import InversionNetwork, RewardModel
+from densityrl.volume import SlabSettings, density_slab, ws_of_seeds
 from triplane_kernels import Grid, density_grid
 
 
@@ -30,6 +31,7 @@ def config(tmp_path):
         appearance_resolution=6,
         consistency_resolution=12,
         held_out_seeds=(0, 1, 2),
+        target_seeds=6,
     )
 
 
@@ -37,12 +39,120 @@ def make_trainer(config):
     return Finetuner(config, load_generator(config.generator), RewardModel.load(config.reward))
 
 
-def test_loss_by_hand():
-    config = FinetuneConfig(generator="", reward="", appearance_weight=2.0)
+def weighted(reward, *, shape="target", target=0.0, scale=1.0, **values):
+    """The loss of rewards alone."""
+    config = FinetuneConfig(generator="", reward="", reward_shape=shape, **values)
+    return Terms(reward, torch.zeros(len(reward)), torch.zeros(len(reward))).loss(
+        config, target, scale
+    )
+
+
+def test_clipped_loss_by_hand():
+    config = FinetuneConfig(
+        generator="", reward="", reward_shape="clip", appearance_weight=2.0, reward_weight=10.0
+    )
     terms = Terms(torch.tensor([3.0, 25.0, -11.0]), torch.tensor([1.0, 2, 3]), torch.ones(3))
     # -10 * clip(r) + 0.01 * consistency + 2 * appearance
     by_hand = [-30 + 0.01 + 2, -100 + 0.02 + 2, 100 + 0.03 + 2]
-    torch.testing.assert_close(terms.loss(config), torch.tensor(by_hand).mean())
+    for target, scale in ((0.0, 1.0), (5.0, 3.0)):  # which do not count here
+        loss = terms.loss(config, target, scale)
+        torch.testing.assert_close(loss, torch.tensor(by_hand).mean())
+
+
+def test_loss_to_a_target_by_hand():
+    config = FinetuneConfig(
+        generator="",
+        reward="",
+        reward_shape="target",
+        reward_weight=4.0,
+        consistency_weight=0.01,
+        appearance_weight=2.0,
+    )
+    terms = Terms(torch.tensor([1.5, -2.5, 25.0]), torch.tensor([1.0, 2, 3]), torch.ones(3))
+    # 4 * log(1 + exp((1.5 - r) / 2)) + 0.01 * consistency + 2 * appearance; no clip
+    missing = [math.log(2), math.log(1 + math.exp(2)), math.log(1 + math.exp(-11.75))]
+    by_hand = [4 * m + 0.01 * c + 2 for m, c in zip(missing, (1, 2, 3), strict=True)]
+    loss = terms.loss(config, 1.5, 2.0)
+    torch.testing.assert_close(loss, torch.tensor(by_hand).mean())
+
+
+def test_rewards_above_the_target_are_left_alone():
+    """Nearly no loss and no pull there; far below, each unit of scale costs the weight."""
+    rewards = torch.tensor([1.0 - 2 * 12, 1.0, 1.0 + 2 * 12], requires_grad=True)
+    loss = weighted(rewards, target=1.0, scale=2.0, reward_weight=10.0)
+    (gradient,) = torch.autograd.grad(loss, rewards)
+    below, at, above = (-gradient * 3).tolist()
+    assert below == pytest.approx(10 / 2, rel=1e-4)
+    assert at == pytest.approx(10 / 2 / 2)
+    assert 0 < above < 1e-4
+    assert weighted(rewards[2:], target=1.0, scale=2.0, reward_weight=10.0) < 1e-3
+
+
+def test_the_weight_does_not_depend_on_the_rewards_scale():
+    """Ten times the reward, target and spread: the same loss, and the same pull in all."""
+    rewards = torch.tensor([-3.0, 0.5, 2.0], requires_grad=True)
+    losses = [
+        weighted(rewards * factor, target=1.2 * factor, scale=0.8 * factor) for factor in (1, 10)
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
+    one, ten = (torch.autograd.grad(loss, rewards)[0] for loss in losses)
+    torch.testing.assert_close(one, ten)
+    clipped = [weighted(rewards * factor, shape="clip") for factor in (1, 10)]
+    assert clipped[0] != clipped[1]
+
+
+# --- the reward to reach -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.5, 0.9])
+def test_the_target_is_a_quantile_of_the_frozen_generators_rewards(config, quantile):
+    """Over latents that no step of training draws."""
+    trainer = make_trainer(dataclasses.replace(config, reward_target=quantile))
+    seeds = np.random.default_rng([config.seed, TARGET_DRAW]).integers(2**31, 2**32, 6).tolist()
+    slabs = density_slab(tiny_generator(), seeds, trainer.reward.settings)
+    rewards = trainer.reward.score_slab(slabs).double().numpy()
+    assert trainer.target == pytest.approx(np.quantile(rewards, quantile), rel=1e-4)
+    assert trainer.scale == pytest.approx(rewards.std(ddof=1), rel=1e-3)
+    assert config.steps < TARGET_DRAW
+
+
+def test_the_target_is_the_same_each_time(config):
+    """A resumed run reaches for what it reached for: nothing of it is in its state."""
+    first, again = make_trainer(config), make_trainer(config)
+    assert (again.target, again.scale) == (first.target, first.scale)
+    other = make_trainer(dataclasses.replace(config, seed=1))
+    assert (other.target, other.scale) != (first.target, first.scale)
+
+
+def test_a_clipped_reward_needs_no_target(config, monkeypatch):
+    monkeypatch.setattr(Finetuner, "rewards", None)
+    trainer = make_trainer(dataclasses.replace(config, reward_shape="clip"))
+    assert (trainer.target, trainer.scale) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("score", [0.0, 0.05, -7.3])
+def test_a_reward_without_an_opinion_is_refused(config, tmp_path, score):
+    reward = tiny_reward()
+    reward.network.score.bias.fill_(score)
+    reward.network.score.weight.zero_()
+    reward.save(tmp_path / "reward")
+    with pytest.raises(
+        NonFiniteError,
+        match=r"^the reward gives every head the same score: train it on more preferences$",
+    ):
+        finetune(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rewards_of_batches_are_in_the_order_of_seeds(config):
+    trainer = make_trainer(config)
+    seeds = [3, 1, 4, 1, 5]
+    slabs = density_slab(tiny_generator(), seeds, trainer.reward.settings)
+    rewards = trainer.rewards(trainer.frozen, seeds)
+    torch.testing.assert_close(rewards, trainer.reward.score_slab(slabs), rtol=1e-4, atol=1e-5)
+
+
+# --- terms ---------------------------------------------------------------------------------------
 
 
 def test_terms_of_an_unchanged_generator(config):
@@ -70,6 +180,7 @@ def test_terms_of_a_shifted_density(config):
 
 def test_training_latents_are_truncated_as_the_rewards_own(config):
     """At psi 0 every latent is the mean one, so the first step's reward is known."""
+    config = dataclasses.replace(config, reward_shape="clip")  # all rewards are the same
     settings = SlabSettings(resolution=16, truncation_psi=0.0)
     generator, reward = tiny_generator(), tiny_reward(settings)
     expected = reward.score_slab(density_slab(generator, [0], settings)).item()
@@ -77,11 +188,15 @@ def test_training_latents_are_truncated_as_the_rewards_own(config):
     assert figures["reward"] == pytest.approx(expected, abs=1e-5)
 
 
+# --- what moves ----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("groups", "prefixes"),
     [
         (("synthesis",), ("backbone.synthesis.",)),
         (("decoder", "mapping"), ("osg_decoder.", "backbone.mapping.")),
+        (("early",), ("backbone.synthesis.b4.", "backbone.synthesis.b16.", "backbone.synthesis.")),
     ],
 )
 def test_only_the_chosen_parameters_move(config, groups, prefixes):
@@ -101,11 +216,40 @@ def test_only_the_chosen_parameters_move(config, groups, prefixes):
     assert all(torch.equal(frozen[name], before[name]) for name in before)
 
 
+def names_of(generator, *groups):
+    return set(moving_parameters(generator, groups))
+
+
+@pytest.mark.parametrize("which", ["tiny", "heads"])
+def test_groups_of_parameters(which):
+    """Each word against the names it stands for, by their parts."""
+    generator = tiny_generator() if which == "tiny" else load_generator("heads")
+    parts = {name: name.split(".") for name, _ in generator.named_parameters()}
+    synthesis = {name for name, part in parts.items() if part[:2] == ["backbone", "synthesis"]}
+    early = {name for name in synthesis if parts[name][2] in ("b4", "b8", "b16")}
+    assert names_of(generator, "synthesis") == synthesis
+    assert names_of(generator, "early") == early
+    assert names_of(generator, "early", "late") == synthesis
+    assert names_of(generator, "styles") == {n for n in synthesis if "affine" in parts[n]}
+    for group, start in (("mapping", ["backbone", "mapping"]), ("decoder", ["osg_decoder"])):
+        expected = {name for name, part in parts.items() if part[: len(start)] == start}
+        assert names_of(generator, group) == expected != set()
+    assert names_of(generator, "mapping", "synthesis", "decoder") == set(parts)
+    moving = moving_parameters(generator, ["styles", "decoder"])
+    assert {n for n, p in generator.named_parameters() if p.requires_grad} == set(moving)
+    if which == "heads":
+        late = names_of(generator, "late")
+        assert late == synthesis - early
+        assert {parts[name][2] for name in late} == {"b32", "b64", "b128"}
+
+
 def test_unknown_parameters_are_refused():
-    with pytest.raises(RunError, match="choose from mapping, synthesis, decoder"):
+    with pytest.raises(RunError, match="from mapping, synthesis, styles, early, late, decoder"):
         moving_parameters(tiny_generator(), ["backbone"])
     with pytest.raises(RunError, match="called nothing"):
         moving_parameters(tiny_generator(), [])
+    with pytest.raises(RunError, match=r"^this generator has no parameters called late$"):
+        moving_parameters(tiny_generator(), ["late"])  # its planes have a side of 16
 
 
 def test_accumulation_is_a_larger_batch(config, monkeypatch):
@@ -119,11 +263,15 @@ def test_accumulation_is_a_larger_batch(config, monkeypatch):
         def uniform(self, low, high, shape):
             return np.zeros(shape)
 
+    trainers = [
+        make_trainer(
+            dataclasses.replace(config, batch=batch, accumulate=accumulate, gradient_clip=1e9)
+        )
+        for batch, accumulate in ((4, 1), (2, 2))
+    ]
     monkeypatch.setattr("numpy.random.default_rng", lambda seed: Draw())
     gradients = []
-    for batch, accumulate in ((4, 1), (2, 2)):
-        c = dataclasses.replace(config, batch=batch, accumulate=accumulate, gradient_clip=1e9)
-        trainer = make_trainer(c)
+    for trainer in trainers:
         trainer._train_step()
         gradients.append({n: p.grad.clone() for n, p in trainer.moving.items()})
     for name, whole in gradients[0].items():
@@ -197,3 +345,20 @@ def test_the_reward_reads_its_own_grid(config):
     grid = Grid.slab(16, 1.0, ((0.25, 0.25), (0.25, 0.2), (0.4, 0.1)))
     sigma = density_grid(planes, generator.decoder, grid, generator.layout)
     assert torch.equal(reward.score_slab(sigma), reward.score_planes(generator, planes))
+
+
+def test_an_inversion_reward_is_raised(config, tmp_path):
+    """Where it says that w moves along its first component; a few steps, of that term alone."""
+    generator, settings = tiny_generator(), SlabSettings(resolution=16)
+    slabs = density_slab(generator, range(40), settings)
+    network = InversionNetwork(slabs.shape[1:], 3)
+    network.fit([slabs], ws_of_seeds(generator, range(40), settings)[:, 0])
+    with torch.no_grad():
+        network.score.weight[0, 0] = 1.0
+    RewardModel(network.requires_grad_(False), settings, 1.0).save(config.reward)
+    alone = dataclasses.replace(
+        config, steps=8, batch=4, consistency_weight=0.0, appearance_weight=0.0, ema_decay=0.0
+    )
+    summary = finetune(alone, tmp_path / "run")
+    assert summary["held_out_reward_after"] > summary["held_out_reward_before"]
+    assert summary["held_out_share_better"] == 1

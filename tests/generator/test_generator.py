@@ -387,7 +387,7 @@ def test_a_damaged_directory_is_refused(tmp_path, harm, message):
 
 
 def test_a_generator_that_is_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no generator at .*bundled one \(busts\)"):
+    with pytest.raises(CheckpointError, match=r"no generator at .*bundled one \(heads\)"):
         load_generator(tmp_path / "nothing")
     (tmp_path / "file.pkl").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="'D' is no generator: give G_ema or G"):
@@ -395,8 +395,8 @@ def test_a_generator_that_is_not_there(tmp_path):
 
 
 def test_bundled_generators_load():
-    assert bundled_generators() == ["busts"]
-    generator = load_generator("busts")
+    assert bundled_generators() == ["heads"]
+    generator = load_generator("heads")
     assert generator.planes(generator.mapping(latents([0], generator.z_dim))).isfinite().all()
 
 

@@ -8,9 +8,9 @@ import torch
 from tiny import tiny_generator, tiny_reward
 
 from densityrl.errors import CheckpointError
-from densityrl.reward import RewardModel, RewardNetwork
+from densityrl.reward import ConvNetwork, RewardModel
 from densityrl.reward.losses import preference_loss, reward_size_loss
-from densityrl.volume import SlabSettings, density_slab, normalize_slab
+from densityrl.volume import SlabSettings, density_slab, normalize_slab, slab_of_planes
 
 SETTINGS = SlabSettings(resolution=16, truncation_psi=0.7)
 
@@ -21,14 +21,14 @@ def make_model(**values):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 6, 7), (32, 35, 32), (8, 40, 3)])
 def test_a_slab_of_any_size_gets_one_score(shape):
-    network = RewardNetwork()
+    network = ConvNetwork()
     scores = network(torch.rand(2, *shape) * 100)
     assert scores.shape == (2,)
     assert scores.isfinite().all()
 
 
 def test_scores_do_not_depend_on_their_neighbours():
-    network = RewardNetwork((8, 8)).eval()
+    network = ConvNetwork((8, 8)).eval()
     slabs = torch.rand(3, 12, 12, 12) * 100
     torch.testing.assert_close(network(slabs)[1:2], network(slabs[1:2]), rtol=1e-5, atol=1e-6)
 
@@ -36,10 +36,22 @@ def test_scores_do_not_depend_on_their_neighbours():
 def test_the_score_knows_where_mass_is():
     """The same mass in front and behind: without coordinates a mean could not tell them apart."""
     torch.manual_seed(0)
-    network = RewardNetwork((8, 8))
+    network = ConvNetwork((8, 8))
     slab = torch.zeros(1, 16, 16, 16)
     slab[..., 11:14] = 100.0
     assert abs((network(slab) - network(slab.flip(3))).item()) > 1e-4
+
+
+def test_densities_are_read_by_their_own_extremes():
+    """Normalisation happens inside: density in another unit and from another zero scores alike."""
+    network = ConvNetwork((8, 8)).eval()
+    slabs = torch.rand(2, 12, 12, 12) * 100
+    scores = network(slabs)
+    torch.testing.assert_close(network(normalize_slab(slabs)), scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network(slabs * 7 - 300), scores, rtol=1e-3, atol=1e-4)
+    other_range = ConvNetwork((8, 8), (-1.0, 1.0)).eval()
+    other_range.load_state_dict(network.state_dict())
+    torch.testing.assert_close(other_range(slabs), scores, rtol=1e-4, atol=1e-5)
 
 
 def test_losses_by_hand():
@@ -56,18 +68,20 @@ def test_scores_of_planes_and_slabs_agree():
     planes = generator.planes(
         generator.mapping(torch.randn(2, 8), truncation_psi=0.7, truncation_cutoff=14)
     )
-    from densityrl.volume import slab_of_planes
-
     sigma = slab_of_planes(generator, planes, SETTINGS)
     torch.testing.assert_close(model.score_planes(generator, planes), model.score_slab(sigma))
-    torch.testing.assert_close(model.score_slab(sigma), model.network(normalize_slab(sigma)))
+    torch.testing.assert_close(model.score_slab(sigma), model.network(sigma))
 
 
 def test_saving_and_loading(tmp_path):
-    model = make_model(value_range=(0.0, 50.0))
+    model = make_model()
+    model.network.value_range = (0.0, 50.0)
+    with torch.no_grad():
+        model.network.score.bias += 0.5
     model.save(tmp_path, {"from": "a test"})
     copy = RewardModel.load(tmp_path)
-    assert (copy.settings, copy.box_side, copy.value_range) == (SETTINGS, 1.0, (0.0, 50.0))
+    assert (copy.settings, copy.box_side) == (SETTINGS, 1.0)
+    assert (copy.network.widths, copy.network.value_range) == ((8, 8), (0.0, 50.0))
     sigma = density_slab(tiny_generator(), [0, 1], copy.settings)
     assert torch.equal(copy.score_slab(sigma), model.score_slab(sigma))
     assert not torch.equal(make_model().score_slab(sigma), model.score_slab(sigma))
@@ -102,8 +116,12 @@ def test_files_that_are_no_reward(tmp_path):
     with pytest.raises(CheckpointError, match="is not a densityrl-reward file"):
         RewardModel.load(tmp_path)
     for change, message in (
-        ({"version": 7}, "has format version 7; this release reads version 1"),
-        ({"network": {"widths": [8, 16]}}, "does not describe itself"),
+        ({"version": 1}, "has format version 1; this release reads version 2"),
+        ({"version": 7}, "has format version 7; this release reads version 2"),
+        ({"network": {"widths": [8, 8], "value_range": [0, 100]}}, "does not describe itself"),
+        ({"network": {"kind": "oracle"}}, "does not describe itself"),
+        ({"network": {"kind": "conv", "widths": [8, 16], "value_range": [0, 100]}}, "itself"),
+        ({"network": {"kind": "inversion", "shape": [8, 9, 9]}}, "does not describe itself"),
         ({"slab": {"size": 3}}, "does not describe itself"),
     ):
         make_model().save(tmp_path)

@@ -1,4 +1,4 @@
-"""Reward training: anchors, early stopping, what is reported, its guard."""
+"""Reward training: anchors, mirroring, early stopping, what is reported, its guard."""
 
 import dataclasses
 import json
@@ -6,30 +6,53 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import save_pairs, save_tiny, tiny_generator
+from tiny import NETWORKS, save_pairs, save_tiny, tiny_generator
 
 from densityrl.config import RewardConfig
-from densityrl.errors import NonFiniteError, PreferenceError
+from densityrl.errors import NonFiniteError, PreferenceError, RunError
 from densityrl.preference import (
+    PreferenceTable,
     read_preferences,
     split_preferences,
+    write_preferences,
 )
 from densityrl.reward import RewardModel
-from densityrl.reward.train import RewardTrainer, train_reward
-from densityrl.volume import density_slab
+from densityrl.reward.train import RewardTrainer, Volumes, train_reward
+from densityrl.volume import SlabSettings, VolumeCache, density_slab, ws_of_seeds
 
 
-@pytest.fixture
-def config(tmp_path):
+@pytest.fixture(params=NETWORKS)
+def config(tmp_path, request):
     save_pairs(tmp_path / "pairs.csv")
     return RewardConfig(
         generator=save_tiny(tmp_path / "generator"),
         preferences=str(tmp_path / "pairs.csv"),
         resolution=16,
-        widths=(8, 8),
         epochs=2,
         batch=4,
+        **NETWORKS[request.param],
     )
+
+
+only_conv = pytest.mark.parametrize("config", ["conv"], indirect=True)
+only_inversion = pytest.mark.parametrize("config", ["inversion"], indirect=True)
+
+
+def make_trainer(config, folder):
+    """A trainer and the list of batches that it shows its network."""
+    generator = tiny_generator()
+    split = split_preferences(read_preferences(config.preferences), config.split, config.seed)
+    trainer = RewardTrainer(config, generator, split, Volumes(config, generator, folder), "cpu")
+    trainer.fit_inversion()
+    shown = []
+    trainer.network.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    return trainer, shown
+
+
+def take_steps(trainer, count):
+    for _ in range(count):
+        trainer._train_step()
+        trainer.step += 1
 
 
 def lines_of(run):
@@ -77,6 +100,7 @@ def test_no_signal_stops_early_and_keeps_the_best(config, tmp_path):
     assert summary["validation_loss"] == pytest.approx(losses[best])
 
 
+@only_conv
 def test_anchors_come_to_be_preferred(config, tmp_path):
     """Samples near the mean head beat ranked ones, where pairs alone say nothing about them."""
     anchored = dataclasses.replace(
@@ -113,3 +137,143 @@ def test_not_finite_stops(config, tmp_path, monkeypatch):
 def test_too_few_pairs(config, tmp_path):
     with pytest.raises(PreferenceError, match="cannot fill train and validation"):
         train_reward(dataclasses.replace(config, limit=1), tmp_path / "run")
+
+
+def test_an_unknown_network(config, tmp_path):
+    unknown = dataclasses.replace(config, network="oracle")
+    with pytest.raises(RunError, match="network='oracle' is unknown: give inversion or conv"):
+        train_reward(unknown, tmp_path / "run")
+
+
+# --- what the inversion network learns -----------------------------------------------------------
+
+
+@only_inversion
+def test_a_rule_that_is_linear_in_w_is_learned(config, tmp_path):
+    """The head that lies further along a direction of w is preferred; pairs are held out."""
+    generator = tiny_generator()
+    seeds = np.arange(240)
+    w = ws_of_seeds(generator, seeds.tolist(), SlabSettings(resolution=16))[:, 0]
+    direction = torch.linalg.svd(w - w.mean(dim=0), full_matrices=False)[2][0]
+    scores = (w @ direction).numpy()
+    left, right = seeds[:120], seeds[120:]
+    better = scores[left] > scores[right]
+    table = PreferenceTable(np.where(better, left, right), np.where(better, right, left))
+    write_preferences(config.preferences, table)
+    many = dataclasses.replace(
+        config, split=(0.5, 0.2, 0.3), inversion_slabs=100, anchors=20, epochs=10
+    )
+    summary = train_reward(many, tmp_path / "run")
+    assert summary["pairs"]["test"] >= 30
+    assert summary["accuracy_interval"][0] > 0.6
+
+
+@only_inversion
+def test_held_out_seeds_take_no_part_in_the_fit(config, tmp_path):
+    """Other volumes of validation and test seeds give the same map."""
+    trainer, _ = make_trainer(config, tmp_path / "volumes")
+    split = trainer.split
+    held_out = {*split.validation.seeds.tolist(), *split.test.seeds.tolist()}
+    assert held_out
+    cache = trainer.volumes._ranked
+    for seed in held_out:
+        cache.put(seed, np.full(cache.shape, 99.0))
+    again, _ = make_trainer(config, tmp_path / "volumes")
+    assert torch.equal(again.network.projection, trainer.network.projection)
+    assert torch.equal(again.network.mean, trainer.network.mean)
+
+
+# --- batches and mirroring -----------------------------------------------------------------------
+
+
+def test_a_batch_is_a_function_of_seed_epoch_and_index(config, tmp_path):
+    """A trainer that starts at the seventh step shows what one that came there shows."""
+    through, shown = make_trainer(config, tmp_path / "volumes")
+    take_steps(through, 7)
+    directly, shown_directly = make_trainer(config, tmp_path / "volumes")
+    directly.step = 6
+    take_steps(directly, 1)
+    assert torch.equal(shown_directly[0], shown[6])
+    other, shown_other = make_trainer(dataclasses.replace(config, seed=1), tmp_path / "volumes")
+    other.step = 6
+    take_steps(other, 1)
+    assert not torch.equal(shown_other[0], shown[6])
+
+
+def test_mirroring_shows_both_sides_of_whole_pairs(config, tmp_path):
+    """Each winner, its loser and its anchor are all as they were or all mirrored in x."""
+    batches = []
+    for mirror in (True, False):
+        trainer, shown = make_trainer(
+            dataclasses.replace(config, mirror=mirror), tmp_path / "volumes"
+        )
+        take_steps(trainer, 8)
+        batches.append(shown)
+    mirrored = []
+    for batch, plain in zip(*batches, strict=True):
+        same = (batch == plain).all(dim=(1, 2, 3))
+        flipped = (batch == plain.flip(1)).all(dim=(1, 2, 3))
+        assert torch.equal(same, ~flipped)
+        winner, loser, anchor = flipped.chunk(3)
+        assert torch.equal(winner, loser)
+        assert torch.equal(winner, anchor)
+        mirrored.extend(winner.tolist())
+    assert len(mirrored) == 2 * 14
+    assert 0.2 < np.mean(mirrored) < 0.8
+
+
+def weights_after(config, folder, steps=4):
+    trainer, _ = make_trainer(config, folder)
+    take_steps(trainer, steps)
+    return dict(trainer.network.named_parameters())
+
+
+def test_mirroring_changes_what_is_learned_but_of_symmetric_volumes(config, tmp_path, monkeypatch):
+    mirror, plain = (dataclasses.replace(config, mirror=value) for value in (True, False))
+    learned = [weights_after(c, tmp_path / "volumes") for c in (mirror, plain)]
+    assert any(not torch.equal(learned[0][name], learned[1][name]) for name in learned[0])
+    make = density_slab
+
+    def symmetric(*arguments, **options):
+        sigma = make(*arguments, **options)
+        return (sigma + sigma.flip(1)) / 2
+
+    monkeypatch.setattr("densityrl.reward.train.density_slab", symmetric)
+    learned = [weights_after(c, tmp_path / "volumes") for c in (mirror, plain)]
+    assert all(torch.equal(learned[0][name], learned[1][name]) for name in learned[0])
+
+
+def test_a_flipped_slab_is_the_density_at_mirrored_points():
+    """The grid is symmetric in x, in the face's crop and in the whole box."""
+    for slab in ("face", "full"):
+        points = SlabSettings(resolution=16, slab=slab).grid(1.0).points()
+        mirrored = points * torch.tensor([-1.0, 1.0, 1.0])
+        torch.testing.assert_close(points.flip(0), mirrored)
+
+
+# --- volumes -------------------------------------------------------------------------------------
+
+
+def test_runs_share_volumes(config, tmp_path, monkeypatch):
+    """A second run, of another seed, makes none of the volumes again."""
+    made = []
+    put = VolumeCache.put
+
+    def counted(self, seed, volume):
+        made.append((self.folder.name, seed))
+        put(self, seed, volume)
+
+    monkeypatch.setattr(VolumeCache, "put", counted)
+    shared = dataclasses.replace(config, volumes=str(tmp_path / "shared"))
+    train_reward(shared, tmp_path / "first")
+    unlabelled = config.inversion_slabs if config.network == "inversion" else 0
+    assert len(made) == len(set(made)) == 40 + config.anchors + unlabelled
+    train_reward(dataclasses.replace(shared, seed=1), tmp_path / "second")
+    assert len(made) == 40 + config.anchors + unlabelled
+    for run in ("first", "second"):
+        assert not (tmp_path / run / "volumes").exists()
+    monkeypatch.undo()
+    train_reward(config, tmp_path / "alone")  # the same reward as with volumes of its own
+    rewards = [(tmp_path / run / "reward.safetensors").read_bytes() for run in ("first", "alone")]
+    assert len(list((tmp_path / "alone" / "volumes").iterdir())) == 2
+    assert rewards[0] == rewards[1]
