@@ -112,8 +112,9 @@ def _preset_option(presets: dict[str, dict[str, Any]]) -> Any:
         }
         return name
 
+    names = ", ".join(presets)
     return typer.Option(
-        "--preset", callback=take, is_eager=True, help="default, or paper: the paper's recipe."
+        "--preset", callback=take, is_eager=True, help=f"What options are by default: {names}."
     )
 
 
@@ -171,6 +172,9 @@ def reward_train(
         RewardConfig, "batch"
     ),
     learning_rate: float = _default(RewardConfig, "learning_rate"),
+    inversion_slabs: Annotated[
+        int, typer.Option(min=0, help="Without labels, that the inversion network is fitted on.")
+    ] = _default(RewardConfig, "inversion_slabs"),
     anchors: Annotated[
         int, typer.Option(min=0, help="Known-good samples (psi 0.25); the paper has 1000.")
     ] = _default(RewardConfig, "anchors"),
@@ -192,6 +196,7 @@ def reward_train(
         "patience": patience,
         "batch": batch,
         "learning_rate": learning_rate,
+        "inversion_slabs": inversion_slabs,
         "anchors": anchors,
         "seed": seed,
     }

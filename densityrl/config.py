@@ -25,6 +25,7 @@ class RewardConfig:
     # inversion: linear in what of w a slab shows; conv: the paper's kind, from pairs alone
     network: Literal["inversion", "conv"] = "inversion"
     components: int = 48  # of w, which the inversion network looks for
+    units: int = 10  # one-sided, of the inversion network
     inversion_slabs: int = 1000  # without labels, that it is fitted on beside the ranked ones
     inversion_first_seed: int = 200_000
     widths: tuple[int, ...] = (16, 32, 48, 64)  # of the conv network; the paper's has 8 to 256
@@ -48,15 +49,18 @@ class FinetuneConfig:
 
     generator: str
     reward: str
-    steps: int = 100  # the paper makes about 1,250 of batch 16
+    steps: int = 60  # the paper makes about 1,250 of batch 16
     batch: int = 4  # latents a step
     accumulate: int = 1  # batches a step
-    learning_rate: float = 5e-4
-    train: tuple[str, ...] = ("synthesis",)  # groups of parameters that move
-    reward_weight: float = 10.0
+    learning_rate: float = 2e-4
+    # Mapping and decoder store weights divided by a constant; their rate is divided by it as well,
+    # so that one number suits every layer. The paper moves the mapping 100 times more slowly.
+    equal_rates: bool = True
+    train: tuple[str, ...] = ("mapping",)  # groups of parameters that move
+    reward_weight: float = 1.0
     # target: only rewards below a quantile of the frozen generator's are raised; clip: the paper's
     reward_shape: Literal["target", "clip"] = "target"
-    reward_target: float = 0.9  # that quantile, over target_seeds latents
+    reward_target: float = 0.8  # that quantile, over target_seeds latents
     target_seeds: int = 64
     reward_clip: float = 10.0
     consistency_weight: float = 0.01
@@ -78,6 +82,7 @@ class FinetuneConfig:
 # that need images: the GAN's own loss, whose place the appearance term takes here, is left out.
 REWARD_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    "conv": {"network": "conv", "learning_rate": 1e-3, "weight_decay": 1e-4},
     "paper": {
         "network": "conv",
         "widths": (8, 16, 32, 64, 128, 256),
@@ -96,7 +101,9 @@ FINETUNE_PRESETS: dict[str, dict[str, Any]] = {
         "steps": 1250,
         "batch": 16,
         "learning_rate": 2.5e-3,
+        "equal_rates": False,
         "train": ("mapping", "synthesis", "decoder"),
+        "reward_weight": 10.0,
         "reward_shape": "clip",
         "appearance_weight": 0.0,
     },

@@ -26,14 +26,14 @@ class Terms:
         """Mean weighted sum.
 
         reward_shape "clip" is the paper's: the raw reward, counted only inside its clip
-        (arXiv:2606.27305). "target" is softplus(target - r), with r and the target in units of
+        (arXiv:2606.27305). "target" is max(target - r, 0)^2, with r and the target in units of
         `scale`, the spread of rewards before tuning: heads as good as the target are left alone,
         and the weight does not depend on how large a reward's numbers happen to be.
         """
         if config.reward_shape == "clip":
             missing = -self.reward.clamp(-config.reward_clip, config.reward_clip)
         else:
-            missing = F.softplus((target - self.reward) / scale)
+            missing = F.relu((target - self.reward) / scale).square()
         return (
             config.reward_weight * missing
             + config.consistency_weight * self.consistency

@@ -91,7 +91,11 @@ class Finetuner:
         self.ema = copy.deepcopy(generator)
         self.moving = moving_parameters(self.tuned, config.train)
         self.optimizer = torch.optim.Adam(
-            self.moving.values(), config.learning_rate, betas=(0.0, 0.99)
+            [
+                {"params": [parameter], "lr": config.learning_rate / self._gain(name)}
+                for name, parameter in self.moving.items()
+            ],
+            betas=(0.0, 0.99),
         )
         self.step = 0
         self.target, self.scale = self._target()
@@ -173,6 +177,14 @@ class Finetuner:
         average = dict(self.ema.named_parameters())
         for name, parameter in self.moving.items():
             average[name].lerp_(parameter, 1 - decay)
+
+    def _gain(self, name: str) -> float:
+        """What a stored parameter is multiplied with, beside what depends on its layer's width."""
+        if not self.config.equal_rates:
+            return 1.0
+        if name.startswith("backbone.mapping.fc"):
+            return self.frozen.config.mapping_lr_mul
+        return self.frozen.config.decoder_lr_mul if name.startswith("osg_decoder.") else 1.0
 
     def _target(self) -> tuple[float, float]:
         """The reward to reach, and the spread of rewards, both of the frozen generator."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from densityrl.config import RewardConfig
 from densityrl.errors import NonFiniteError, PreferenceError, RunError
 from densityrl.generator import TriplaneGenerator, load_generator
 from densityrl.preference import PreferenceTable, Split, read_preferences, split_preferences
-from densityrl.reward.inversion import InversionNetwork
+from densityrl.reward.inversion import InversionNetwork, check_size
 from densityrl.reward.losses import preference_loss, reward_size_loss
 from densityrl.reward.model import RewardModel
 from densityrl.reward.network import ConvNetwork
@@ -46,8 +47,9 @@ def train_reward(
     split = split_preferences(table, config.split, config.seed)
     with RunDirectory.create(out, "reward-train", asdict(config), resume) as run:
         volumes = Volumes(config, generator, Path(config.volumes or run.path / "volumes"))
+        network = new_network(config, generator, volumes.count(split.train))
         volumes.prepare(table)
-        trainer = RewardTrainer(config, generator, split, volumes, device)
+        trainer = RewardTrainer(config, generator, network.to(device), split, volumes)
         if (state := run.load_state()) is not None:
             trainer.load_state_dict(state)
         else:
@@ -65,6 +67,7 @@ def train_reward(
             "best_epoch": trainer.best_epoch,
             "validation_loss": trainer.best_loss,
             "held_out": "test" if len(split.test) else "validation",
+            **inversion_figures(model.network),
             **held_out_figures(model, volumes, held_out, device),
         }
         model.save(
@@ -118,6 +121,10 @@ class Volumes:
                     done += len(part)
                     bar.update(done)
 
+    def count(self, train: PreferenceTable) -> int:
+        """Slabs that an inversion network is fitted on."""
+        return len(train.seeds) + len(self.unlabelled_seeds)
+
     def ranked(self, seeds: Sequence[int]) -> Tensor:
         """Raw density [B, X, Y, Z] of seeds, made as the ranked ones were."""
         return density_slab(self.generator, seeds, self.settings, cache=self._ranked)
@@ -137,18 +144,16 @@ class RewardTrainer:
         self,
         config: RewardConfig,
         generator: TriplaneGenerator,
+        network: InversionNetwork | ConvNetwork,
         split: Split,
         volumes: Volumes,
-        device: str,
     ) -> None:
         self.config = config
         self.split = split
         self.volumes = volumes
         self.generator = generator
         self.box_side = generator.box_side
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.network = new_network(config, generator).to(device)
+        self.network = network
         optimizer = torch.optim.Adam if config.network == "inversion" else torch.optim.AdamW
         self.optimizer = optimizer(
             self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay
@@ -164,10 +169,18 @@ class RewardTrainer:
         and those without labels; held-out seeds take no part."""
         if not isinstance(self.network, InversionNetwork):
             return
-        seeds = [*self.split.train.seeds.tolist(), *self.volumes.unlabelled_seeds]
+        train = self.split.train
+        seeds = [*train.seeds.tolist(), *self.volumes.unlabelled_seeds]
         parts = [seeds[start : start + 64] for start in range(0, len(seeds), 64)]
         w = torch.cat([ws_of_seeds(self.generator, part, self.volumes.settings) for part in parts])
         self.network.fit([self.volumes.ranked(part) for part in parts], w[:, 0])
+        with torch.no_grad():
+            found = torch.cat([self.network.find(self.volumes.ranked(part)) for part in parts])
+        row = {seed: index for index, seed in enumerate(seeds)}
+        winners, losers = (
+            found[[row[seed] for seed in side.tolist()]] for side in (train.winners, train.losers)
+        )
+        self.network.bend(found, winners, losers)
         self.best_weights = copy.deepcopy(self.network.state_dict())
 
     def run(self, run: RunDirectory) -> None:
@@ -272,16 +285,27 @@ class RewardTrainer:
 
 
 def new_network(
-    config: RewardConfig, generator: TriplaneGenerator
+    config: RewardConfig, generator: TriplaneGenerator, slabs: int
 ) -> InversionNetwork | ConvNetwork:
-    """The untrained network that the configuration asks for."""
+    """The untrained network that the configuration asks for; `slabs` are there to fit it on."""
     if config.network == "conv":
-        return ConvNetwork(config.widths)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return ConvNetwork(config.widths)
     if config.network != "inversion":
         raise RunError(f"network={config.network!r} is unknown: give inversion or conv")
     settings = SlabSettings(resolution=config.resolution, slab=config.slab)
+    shape = settings.grid(generator.box_side).shape
+    check_size(slabs, math.prod(shape))
     components = min(config.components, generator.w_dim)
-    return InversionNetwork(settings.grid(generator.box_side).shape, components)
+    return InversionNetwork(shape, components, min(config.units, components))
+
+
+def inversion_figures(network: InversionNetwork | ConvNetwork) -> dict[str, float]:
+    """What the inversion network's map is worth, where there is one."""
+    if isinstance(network, InversionNetwork):
+        return {"inversion_explained": float(network.explained)}
+    return {}
 
 
 @torch.no_grad()

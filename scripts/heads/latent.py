@@ -25,7 +25,7 @@ FAULT_NAMES = (
     "hairline",  # a ridge
     "floater",  # a blob in front of the left temple
 )
-STRONGEST = 1.7  # numbers beyond this change nothing more
+STRONGEST = 1.25  # numbers beyond this change nothing more
 
 
 def normalized(z: Tensor) -> Tensor:
@@ -34,8 +34,8 @@ def normalized(z: Tensor) -> Tensor:
 
 
 def strengths(faults: Tensor) -> Tensor:
-    """Fault numbers [..., 10] to strengths: max(a, 0)^(3/2), smooth, for half of the heads 0."""
-    return faults.clamp(0, STRONGEST) ** 1.5
+    """Fault numbers [..., 10] to strengths: 1.7 max(a, 0)^(3/2), smooth, 0 for half of the heads."""
+    return 1.7 * faults.clamp(0, STRONGEST) ** 1.5
 
 
 def floater_radius(faults: Tensor) -> Tensor:
