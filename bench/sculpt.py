@@ -66,6 +66,15 @@ class Cell:
         return "_".join([self.rule, str(self.pairs), self.preset, f"s{self.seed}", *changes])
 
     @property
+    def annotator(self) -> SimulatedAnnotator:
+        return SimulatedAnnotator(rule=self.rule, mistakes=MISTAKES, ties=TIES, seed=self.seed)
+
+    @property
+    def seeds(self) -> list[int]:
+        """That are shown to the annotator."""
+        return list(range(FIRST_RANKED, FIRST_RANKED + self.annotator.seeds_needed(self.pairs)))
+
+    @property
     def reward_name(self) -> str:
         """Cells that differ in fine-tuning alone share a reward."""
         return dataclasses.replace(self, finetune={}).name
@@ -76,10 +85,15 @@ class Heads:
 
     def __init__(self, generator: str, work: Path) -> None:
         self.word, self.work = generator, work
+        for folder in ("cells", "rewards", "results"):
+            (work / folder).mkdir(parents=True, exist_ok=True)
         self.generator = load_generator(generator)
         self.volumes = work / "volumes"
         self.grid = SETTINGS.grid(self.generator.box_side)
         self.unit = self.generator.config.millimetres or 1.0
+
+    def result(self, cell: Cell) -> Path:
+        return self.work / "results" / f"{cell.name}.json"
 
     def scores(self, rule: str, seeds: Sequence[int]) -> np.ndarray:
         """[len(seeds)], larger is better."""
@@ -149,9 +163,8 @@ class Start:
 
 def run_cell(cell: Cell, heads: Heads, start: Start, judged: Sequence[int]) -> dict[str, Any]:
     """Rank, train, tune and judge."""
-    annotator = SimulatedAnnotator(rule=cell.rule, mistakes=MISTAKES, ties=TIES, seed=cell.seed)
-    seeds = np.arange(FIRST_RANKED, FIRST_RANKED + annotator.seeds_needed(cell.pairs))
-    labels = annotator.prefer(seeds, heads.scores(cell.rule, seeds.tolist()), cell.pairs)
+    scores = heads.scores(cell.rule, cell.seeds)
+    labels = cell.annotator.prefer(np.array(cell.seeds), scores, cell.pairs)
     folder = heads.work / "cells" / cell.name
     table = heads.work / "rewards" / f"{cell.reward_name}.csv"
     write_preferences(table, labels.table)
@@ -173,10 +186,7 @@ def run_cell(cell: Cell, heads: Heads, start: Start, judged: Sequence[int]) -> d
     trained = json.loads((reward_folder / "summary.json").read_text())
     reward = RewardModel.load(reward_folder)
     with torch.no_grad():
-        own_grid = reward.settings == SETTINGS
-        before = start.looks.sigma if own_grid else None
-        if before is None:
-            before = density_slab(heads.generator, judged, reward.settings)
+        before = density_slab(heads.generator, judged, reward.settings)
         rewards = torch.cat([reward.score_slab(part) for part in before.split(50)]).numpy()
     scores = SimulatedAnnotator(rule=cell.rule).scores(start.looks.sigma, heads.grid, start.clean)
 
@@ -328,18 +338,13 @@ def figure_of(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def _worker(
-    generator: str, work: Path, cells: Sequence[Cell], judged: Sequence[int], threads: int
+    heads: Heads, start: Start, cells: Sequence[Cell], judged: Sequence[int], threads: int
 ) -> None:
     torch.set_num_threads(threads)
-    for folder in ("cells", "rewards", "results"):
-        (work / folder).mkdir(parents=True, exist_ok=True)
-    heads = Heads(generator, work)
-    start = Start.of(heads, judged)
     for cell in cells:
-        file = work / "results" / f"{cell.name}.json"
-        if not file.exists():
-            row = run_cell(cell, heads, start, judged)
-            atomic_write(file, json.dumps({**asdict(Provenance.of("cpu")), **row}))
+        row = run_cell(cell, heads, start, judged)
+        line = {**asdict(Provenance.of("cpu")), **row}
+        atomic_write(heads.result(cell), json.dumps(line))
 
 
 def _override(text: str) -> tuple[str, Any]:
@@ -382,23 +387,28 @@ def main() -> None:
         for seed in args.seeds.split(",")
     ]
     judged = range(FIRST_JUDGED, FIRST_JUDGED + args.judged)
-    threads = max(1, torch.get_num_threads() // args.workers)
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(
-            target=_worker,
-            args=(args.generator, args.work, cells[i :: args.workers], judged, threads),
-            daemon=True,
-        )
-        for i in range(args.workers)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if failed := [process.exitcode for process in processes if process.exitcode]:
-        raise SystemExit(f"{len(failed)} of {len(processes)} workers failed, see above")
-    rows = [json.loads((args.work / "results" / f"{cell.name}.json").read_text()) for cell in cells]
+    heads = Heads(args.generator, args.work)
+    if missing := [cell for cell in cells if not heads.result(cell).exists()]:
+        start = Start.of(heads, judged)
+        for cell in sorted(missing, key=lambda cell: -cell.pairs):
+            heads.scores(cell.rule, cell.seeds)  # once, before the workers would each do it
+        threads = max(1, torch.get_num_threads() // args.workers)
+        context = multiprocessing.get_context("spawn")
+        processes = [
+            context.Process(
+                target=_worker,
+                args=(heads, start, missing[i :: args.workers], judged, threads),
+                daemon=True,
+            )
+            for i in range(args.workers)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if failed := [process.exitcode for process in processes if process.exitcode]:
+            raise SystemExit(f"{len(failed)} of {len(processes)} workers failed, see above")
+    rows = [json.loads(heads.result(cell).read_text()) for cell in cells]
     print(table_of(rows))
     if args.save:
         with (RESULTS / "sculpt.jsonl").open("a") as file:

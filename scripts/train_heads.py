@@ -4,8 +4,8 @@ The shapes are those of ICT-FaceKit (MIT licence), as a checkout or as one .npz 
 
     python scripts/train_heads.py --ict ICT-FaceKit --out densityrl/generator/bundled/heads
 
-About an hour on two cores, of which the points take three minutes; they are kept beside the
-checkpoint in --work, and so is the state: a run that was stopped goes on.
+About an hour on two cores, of which the points take five minutes; they are kept in --work, and so
+is the state: a run that was stopped goes on.
 """
 
 from __future__ import annotations
