@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -261,25 +261,26 @@ def finetune(
     device: DeviceOption = "cpu",
 ) -> None:
     """Generator and reward to a generator with better geometry."""
-    config = FinetuneConfig(
-        generator=generator,
-        reward=str(reward),
-        steps=steps,
-        batch=batch,
-        accumulate=accumulate,
-        learning_rate=learning_rate,
-        train=tuple(word.strip() for word in train.split(",")),
-        reward_weight=reward_weight,
-        reward_shape=cast(Literal["target", "clip"], reward_shape),
-        reward_target=reward_target,
-        reward_clip=reward_clip,
-        consistency_weight=consistency_weight,
-        appearance_weight=appearance_weight,
-        appearance_resolution=appearance_resolution,
-        ema_decay=ema_decay,
-        checkpoint_every=checkpoint_every,
-        seed=seed,
-    )
+    options = {
+        "generator": generator,
+        "reward": str(reward),
+        "steps": steps,
+        "batch": batch,
+        "accumulate": accumulate,
+        "learning_rate": learning_rate,
+        "train": tuple(word.strip() for word in train.split(",")),
+        "reward_weight": reward_weight,
+        "reward_shape": reward_shape,
+        "reward_target": reward_target,
+        "reward_clip": reward_clip,
+        "consistency_weight": consistency_weight,
+        "appearance_weight": appearance_weight,
+        "appearance_resolution": appearance_resolution,
+        "ema_decay": ema_decay,
+        "checkpoint_every": checkpoint_every,
+        "seed": seed,
+    }
+    config = FinetuneConfig(**{**FINETUNE_PRESETS[preset], **options})
     from densityrl.finetune.train import finetune as run
 
     summary = run(config, out, resume=resume, device=device)

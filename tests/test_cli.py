@@ -49,13 +49,13 @@ def world(tmp_path_factory):
     generator = save_tiny(root / "generator")
     save_pairs(root / "pairs.csv")
     said = {}
-    with pytest.MonkeyPatch.context() as patch:  # few volumes, which no option asks for
+    with pytest.MonkeyPatch.context() as patch:  # small, which no option asks for
         patch.setattr(cli, "RewardConfig", partial(RewardConfig, **NETWORKS["inversion"]))
         patch.setattr(cli, "FinetuneConfig", partial(FinetuneConfig, target_seeds=8))
         said["reward-train"] = run(
             *("reward-train", "--generator", generator, "--preferences", root / "pairs.csv"),
-            *("--resolution", 16, "--epochs", 2, "--anchors", 6, "--volumes", root / "volumes"),
-            *("--out", root / "reward"),
+            *("--resolution", 16, "--epochs", 2, "--anchors", 6, "--inversion-slabs", 30),
+            *("--volumes", root / "volumes", "--out", root / "reward"),
         )
         said["finetune"] = run(
             *("finetune", "--generator", generator, "--reward", root / "reward", "--steps", 2),
@@ -95,8 +95,8 @@ def test_help_names_every_command():
 
 def test_defaults_stand_in_the_help():
     shown = re.sub(r"\s+", " ", run("finetune", "--help"))
-    assert "0.0005" in shown
-    assert "synthesis" in shown
+    assert "[default: 0.0002]" in shown
+    assert "[default: mapping]" in shown
 
 
 # --- commands ------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_reward_train(world):
     assert config["learning_rate"] == RewardConfig(generator="", preferences="").learning_rate
     assert not (root / "reward" / "volumes").exists()
     made = list((root / "volumes").rglob("seed*.npy"))
-    assert len(made) == 40 + 6 + NETWORKS["inversion"]["inversion_slabs"]
+    assert len(made) == 40 + 6 + 30
 
 
 def test_finetune(world):
@@ -200,12 +200,15 @@ def test_without_options_the_defaults_are_those_of_the_configuration(configurati
     assert configuration(command, "--preset", "default") == expected
 
 
-@pytest.mark.parametrize("command", PRESETS)
-def test_a_preset_sets_what_is_not_given(configuration, command):
+@pytest.mark.parametrize(
+    ("command", "preset"),
+    [("reward-train", "conv"), ("reward-train", "paper"), ("finetune", "paper")],
+)
+def test_a_preset_sets_what_is_not_given(configuration, command, preset):
     kind, presets = PRESETS[command]
-    paper = kind(**GIVEN[command], **presets["paper"])
-    assert paper != kind(**GIVEN[command])
-    assert configuration(command, "--preset", "paper") == paper
+    expected = kind(**GIVEN[command], **presets[preset])
+    assert expected != kind(**GIVEN[command])
+    assert configuration(command, "--preset", preset) == expected
     assert configuration(command) == kind(**GIVEN[command])  # nothing stays behind
 
 
@@ -217,6 +220,7 @@ def test_a_preset_sets_what_is_not_given(configuration, command):
         ("reward-train", ("--mirror",), {"mirror": True}),
         ("reward-train", ("--learning-rate", 0.01), {"learning_rate": 0.01}),
         ("reward-train", ("--resolution", 32), {"resolution": 32}),
+        ("reward-train", ("--inversion-slabs", 1000), {"inversion_slabs": 1000}),
         ("finetune", ("--reward-shape", "target"), {"reward_shape": "target"}),
         ("finetune", ("--train", "early, decoder"), {"train": ("early", "decoder")}),
         ("finetune", ("--batch", 4, "--seed", 8), {"batch": 4, "seed": 8}),
@@ -241,6 +245,7 @@ def test_presets_name_fields(command):
 def test_options_reach_the_configuration(configuration):
     config = configuration("reward-train", "--no-mirror", "--volumes", "v", "--anchors", 5)
     assert (config.mirror, config.volumes, config.anchors) == (False, "v", 5)
+    assert configuration("reward-train", "--inversion-slabs", 0).inversion_slabs == 0
     config = configuration("finetune", "--reward-shape", "clip", "--reward-target", 0.5)
     assert (config.reward_shape, config.reward_target) == ("clip", 0.5)
     assert configuration("finetune", "--train", "styles,late").train == ("styles", "late")
@@ -319,7 +324,8 @@ def test_one_sentence_each(monkeypatch, capsys, tmp_path, world):
 @pytest.mark.parametrize(
     ("command", "option", "value", "message"),
     [
-        ("reward-train", "--preset", "mine", "give default or paper, not 'mine'"),
+        ("reward-train", "--preset", "mine", "give default or conv or paper, not 'mine'"),
+        ("reward-train", "--inversion-slabs", -1, "0"),
         ("finetune", "--preset", "mine", "give default or paper, not 'mine'"),
         ("finetune", "--reward-shape", "round", "give target or clip, not 'round'"),
         ("finetune", "--reward-target", 1.5, "1"),

@@ -28,7 +28,7 @@ CONFIGS = {
 }
 REWARD_TRAIN = ["reward-train", "--resolution", "16", "--epochs", "8", "--batch", "2"]
 RUNS = {
-    "inversion": [*REWARD_TRAIN, "--anchors", "6"],
+    "inversion": [*REWARD_TRAIN, "--anchors", "6", "--inversion-slabs", "30"],
     "conv": [*REWARD_TRAIN, "--anchors", "6", "--learning-rate", "0.001"],
     "finetune": [
         "finetune",

@@ -57,7 +57,13 @@ def tiny_reward(settings=None, **values):
 
 # Of either network, so small that a training with tiny_generator takes a second.
 NETWORKS = {
-    "inversion": {"network": "inversion", "components": 6, "inversion_slabs": 30, "anchors": 6},
+    "inversion": {
+        "network": "inversion",
+        "components": 6,
+        "units": 3,
+        "inversion_slabs": 30,
+        "anchors": 6,
+    },
     "conv": {"network": "conv", "widths": (8, 8), "learning_rate": 1e-3, "anchors": 6},
 }
 

@@ -24,8 +24,13 @@ SHARPNESS = 4.0  # of a unit's bend, per standard deviation
 LARGEST = 2**31  # numbers in all slabs together; a fit holds three times as many, 24 GiB
 
 
-def check_size(slabs: int, points: int) -> None:
-    """PreferenceError where so many slabs of so many points are too large to fit."""
+def check_size(slabs: int, points: int, components: int) -> None:
+    """PreferenceError where so many slabs of so many points are too many or too few to fit."""
+    if slabs <= components:
+        raise PreferenceError(
+            f"{slabs} slabs are too few to find {components} components of w: raise "
+            "--inversion-slabs, or take --preset conv"
+        )
     if slabs * points > LARGEST:
         raise PreferenceError(
             f"{slabs} slabs of {points} points are too many for the inversion network: lower "
@@ -39,7 +44,7 @@ class InversionNetwork(nn.Module):
     The density is read as tanh((sigma - level) / softness): where the surface is, and not how
     negative empty space happens to be. The score is linear in the components and in one-sided
     units, softplus(y - floor), along axes on which heads that are liked less vary more: a fault
-    that a head does not have pulls at nothing. Takes slabs of the one shape it was fitted on.
+    that a head does not have pulls at little. Takes slabs of the one shape it was fitted on.
     """
 
     kind = "inversion"
@@ -107,11 +112,6 @@ class InversionNetwork(nn.Module):
         fifth latent when it is fitted on the others.
         """
         count, components = len(w), len(self.projection)
-        if count <= components:
-            raise PreferenceError(
-                f"{count} slabs are too few to find {components} components of w: raise "
-                "--inversion-slabs, or take --preset conv"
-            )
         seen = torch.cat([self.squash(part).flatten(1) for part in slabs])
         self.mean.copy_(seen.mean(dim=0).reshape(self.shape))
         seen -= self.mean.flatten()
@@ -120,6 +120,8 @@ class InversionNetwork(nn.Module):
         axes, sizes = axes[:components], sizes[:components]
         target = centred @ axes.T / (sizes.clamp_min(1e-6 * sizes[0]) / count**0.5)
         gram = seen @ seen.T
+        if not gram.diagonal().mean() > 1e-9 * seen.shape[1] or not sizes[0] > 0:
+            raise PreferenceError("all slabs are alike: there is nothing to tell them apart by")
         ridge = RIDGE * gram.diagonal().mean() * torch.eye(count, device=gram.device)
 
         left_out = torch.arange(count, device=w.device) % 5 == 0

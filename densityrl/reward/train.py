@@ -45,9 +45,10 @@ def train_reward(
     generator = load_generator(config.generator, device)
     table = read_preferences(config.preferences, config.limit)
     split = split_preferences(table, config.split, config.seed)
+    slabs = len(split.train.seeds) + config.inversion_slabs
+    network = new_network(config, generator, slabs)  # refuses before anything is written
     with RunDirectory.create(out, "reward-train", asdict(config), resume) as run:
         volumes = Volumes(config, generator, Path(config.volumes or run.path / "volumes"))
-        network = new_network(config, generator, volumes.count(split.train))
         volumes.prepare(table)
         trainer = RewardTrainer(config, generator, network.to(device), split, volumes)
         if (state := run.load_state()) is not None:
@@ -120,10 +121,6 @@ class Volumes:
                     read(part)
                     done += len(part)
                     bar.update(done)
-
-    def count(self, train: PreferenceTable) -> int:
-        """Slabs that an inversion network is fitted on."""
-        return len(train.seeds) + len(self.unlabelled_seeds)
 
     def ranked(self, seeds: Sequence[int]) -> Tensor:
         """Raw density [B, X, Y, Z] of seeds, made as the ranked ones were."""
@@ -296,8 +293,8 @@ def new_network(
         raise RunError(f"network={config.network!r} is unknown: give inversion or conv")
     settings = SlabSettings(resolution=config.resolution, slab=config.slab)
     shape = settings.grid(generator.box_side).shape
-    check_size(slabs, math.prod(shape))
     components = min(config.components, generator.w_dim)
+    check_size(slabs, math.prod(shape), components)
     return InversionNetwork(shape, components, min(config.units, components))
 
 

@@ -34,7 +34,7 @@ def normalized(z: Tensor) -> Tensor:
 
 
 def strengths(faults: Tensor) -> Tensor:
-    """Fault numbers [..., 10] to strengths: 1.7 max(a, 0)^(3/2), smooth, 0 for half of the heads."""
+    """Fault numbers [..., 10] to strengths: 1.7 max(a, 0)^(3/2), 0 for half of the heads."""
     return 1.7 * faults.clamp(0, STRONGEST) ** 1.5
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_generator
@@ -31,14 +32,15 @@ def world(count, noise, seed=0):
     return sigma.reshape(count, *SHAPE), (coordinates * SPREADS) @ axes.T + 5, coordinates
 
 
-def network_of(components):
-    return InversionNetwork(SHAPE, components, LEVEL, SOFTNESS)
+def network_of(components, units=3):
+    return InversionNetwork(SHAPE, components, units, LEVEL, SOFTNESS)
 
 
 def fitted(sigma, w, components=6):
     """A network and the share of w that it says it explains."""
     network = network_of(components)
-    return network, network.fit([sigma], w)
+    assert network.fit([sigma], w) is None
+    return network, network.explained.item()
 
 
 def found(network, sigma):
@@ -52,8 +54,9 @@ def random_network(components=2):
     torch.manual_seed(0)
     network = network_of(components)
     with torch.no_grad():
-        for tensor in (network.mean, network.projection, *network.score.parameters()):
+        for tensor in (*network.buffers(), *network.parameters()):
             tensor.normal_()
+        network.projection.mul_(0.05)  # found components and floors of about the same size
     return network
 
 
@@ -82,16 +85,30 @@ def ridge_regression(sigma, w, rows):
     return torch.linalg.solve(normal, seen[rows].T @ target[rows]), seen, target
 
 
+def whitened(regression, seen):
+    """What it finds, uncorrelated and of variance 1, turned no further than that needs."""
+    left, sizes, right = torch.linalg.svd(seen @ regression, full_matrices=False)
+    polar = left @ right * (len(seen) - 1) ** 0.5  # the nearest matrix with such columns
+    turned = right.T @ torch.diag((len(seen) - 1) ** 0.5 / sizes) @ right
+    torch.testing.assert_close(seen @ regression @ turned, polar)
+    return regression @ turned
+
+
+def assert_same_map(network, regression):
+    """Up to signs: an axis of w and its opposite are the same."""
+    ours = network.projection.flatten(1).T.double()
+    signs = (ours * regression).sum(dim=0).sign()
+    torch.testing.assert_close(ours * signs, regression, rtol=1e-3, atol=1e-4)
+
+
 def test_the_fit_by_hand():
     """By the normal equations over points, where the network solves for weights of slabs."""
     sigma, w, _ = world(100, noise=0.2)
     network, explained = fitted(sigma, w)
     regression, seen, _ = ridge_regression(sigma, w, torch.arange(100))
-    regression = regression / (seen @ regression).std(dim=0)
-    ours = network.projection.flatten(1).T.double()
-    signs = (ours * regression).sum(dim=0).sign()  # an axis and its opposite are the same
-    torch.testing.assert_close(ours * signs, regression, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found(network, sigma).std(dim=0), torch.ones(6))
+    assert_same_map(network, whitened(regression, seen))
+    torch.testing.assert_close(network.find(sigma), found(network, sigma))
+    torch.testing.assert_close(torch.cov(network.find(sigma).T), torch.eye(6), rtol=0, atol=1e-3)
 
     left_out = torch.arange(100) % 5 == 0
     regression, seen, target = ridge_regression(sigma, w, ~left_out)
@@ -123,9 +140,10 @@ def test_slabs_that_say_nothing():
 
 def test_fewer_components_are_the_widest_ones():
     sigma, w, _ = world(200, noise=0.01)
-    narrow, whole = fitted(sigma, w, components=2)[0], fitted(sigma, w)[0]
+    narrow, _ = fitted(sigma, w, components=2)
     assert narrow.projection.shape == (2, *SHAPE)
-    torch.testing.assert_close(narrow.projection, whole.projection[:2], rtol=1e-3, atol=1e-4)
+    regression, seen, _ = ridge_regression(sigma, w, torch.arange(200))
+    assert_same_map(narrow, whitened(regression[:, :2], seen))
     assert narrow.mean.shape == SHAPE
     torch.testing.assert_close(narrow.mean, torch.tanh((sigma - LEVEL) / SOFTNESS).mean(dim=0))
 
@@ -134,21 +152,148 @@ def test_parts_are_one_whole():
     sigma, w, _ = world(50, noise=0.1)
     network, explained = fitted(sigma, w)
     in_parts = network_of(6)
-    assert in_parts.fit(sigma.split(16), w) == pytest.approx(explained, abs=1e-4)
+    in_parts.fit(sigma.split(16), w)
+    assert in_parts.explained.item() == pytest.approx(explained, abs=1e-4)
     torch.testing.assert_close(in_parts.projection, network.projection, rtol=1e-3, atol=1e-5)
 
 
 def test_too_many_numbers_are_refused(monkeypatch):
-    sigma, w, _ = world(50, noise=0.1)
     monkeypatch.setattr(inversion, "LARGEST", 50 * 60)
-    fitted(sigma, w)
+    inversion.check_size(50, 60, 49)
     monkeypatch.setattr(inversion, "LARGEST", 50 * 60 - 1)
     with pytest.raises(PreferenceError) as refusal:
-        fitted(sigma, w)
+        inversion.check_size(50, 60, 49)
     assert str(refusal.value) == (
         "50 slabs of 60 points are too many for the inversion network: lower --resolution or "
-        "--inversion-slabs, or take --network conv"
+        "--inversion-slabs, or take --preset conv"
     )
+
+
+def test_too_few_slabs_are_refused():
+    inversion.check_size(7, 60, 6)
+    with pytest.raises(PreferenceError) as refusal:
+        inversion.check_size(6, 60, 6)
+    assert str(refusal.value) == (
+        "6 slabs are too few to find 6 components of w: raise --inversion-slabs, or take "
+        "--preset conv"
+    )
+
+
+@pytest.mark.parametrize("value", [LEVEL, -13.37, 1e9])
+def test_slabs_that_are_all_alike_are_refused(value):
+    _, w, _ = world(30, noise=0.1)
+    with pytest.raises(PreferenceError, match="all slabs are alike"):
+        network_of(4).fit([torch.full((30, *SHAPE), value)], w)
+
+
+def test_latents_that_are_all_alike_are_refused():
+    sigma, w, _ = world(30, noise=0.1)
+    with pytest.raises(PreferenceError, match="all slabs are alike"):
+        network_of(4).fit([sigma], torch.zeros_like(w))
+
+
+# --- the units -----------------------------------------------------------------------------------
+
+
+def mixture(count=20_000):
+    """(found [N, 8], mixing matrix, winners, losers) of a made population.
+
+    Parts are independent, of variance 1. Faults: the first has its tail to the right, the second
+    to the left, and heads in either tail lose. The third is one-sided as well, but liked; nobody
+    minds the fourth; the others are symmetric, of which one is disliked to one side.
+    """
+    drawn = torch.Generator().manual_seed(5)
+    parts = torch.randn(count, 8, generator=drawn)
+    parts[:, :4] = -torch.rand(count, 4, generator=drawn).log() - 1
+    parts[:, 1] *= -1
+    mixing = torch.linalg.qr(torch.randn(8, 8, generator=drawn))[0]
+    found = parts @ mixing.T
+    score = parts @ torch.tensor([-1.0, 0.6, 0.5, 0.0, -0.7, 0.0, 0.0, 0.0])
+    left, right = torch.randint(count, (2, 4000), generator=drawn)
+    better = (score[left] > score[right])[:, None]
+    winners = torch.where(better, found[left], found[right])
+    losers = torch.where(better, found[right], found[left])
+    return found, mixing, winners, losers
+
+
+def bent(units=2):
+    found, mixing, winners, losers = mixture()
+    network = InversionNetwork(SHAPE, 8, units)
+    network.bend(found, winners, losers)
+    return network, found, mixing
+
+
+def test_one_sided_faults_are_the_axes():
+    """Up to their order, and pointing to where the fault is."""
+    network, found, mixing = bent()
+    faults = mixing[:, :2] * torch.tensor([1.0, -1.0])
+    cosines = network.axes.T @ faults
+    assert network.axes.shape == (8, 2)
+    order = cosines.argmax(dim=1)
+    assert sorted(order.tolist()) == [0, 1]
+    assert (cosines.amax(dim=1) > 0.9).all()
+    torch.testing.assert_close(network.axes.T @ network.axes, torch.eye(2))
+    along = (found @ network.axes).numpy()
+    assert (np.mean(along**3, axis=0) > 1).all()
+    np.testing.assert_allclose(network.floors, np.quantile(along, 0.25, axis=0), rtol=1e-4)
+    # The lower quartile of an exponential's draws less 1.
+    np.testing.assert_allclose(network.floors, -math.log(0.75) - 1, atol=0.1)
+
+
+def test_more_units_keep_the_first_faults():
+    """As many as there are components: every axis is there once, the strongest ones last."""
+    few, *_ = bent(2)
+    many, *_ = bent(8)
+    torch.testing.assert_close(many.axes.T @ many.axes, torch.eye(8), rtol=0, atol=1e-4)
+    torch.testing.assert_close(many.axes[:, -2:], few.axes)
+    torch.testing.assert_close(many.floors[-2:], few.floors)
+
+
+def test_axes_by_hand():
+    """The slice of third moments, in loops, for few heads."""
+    drawn = torch.Generator().manual_seed(1)
+    found = torch.rand(40, 3, generator=drawn).double() ** 3
+    found = found - found.mean(dim=0)
+    winners, losers = found[:10] - 0.2, found[10:20]
+    direction = (winners - losers).mean(dim=0)
+    direction = direction / direction.square().sum().sqrt()
+    slice_ = torch.zeros(3, 3, dtype=torch.float64)
+    for head in found:
+        slice_ -= (head @ direction) * torch.outer(head, head) / 40
+    network = InversionNetwork(SHAPE, 3, 1).double()
+    network.bend(found, winners, losers)
+    axis = network.axes[:, 0]
+    strongest = torch.linalg.eigvalsh(slice_)[-1]
+    torch.testing.assert_close(slice_ @ axis, strongest * axis)
+    assert (found @ axis).pow(3).sum() > 0
+
+
+def slab_of(network, found):
+    """A slab in which a network, made for it, finds these components."""
+    return network.level + network.softness * torch.atanh(found / 20)[:, :, None, None]
+
+
+def test_a_fault_that_is_not_there_pulls_at_nothing():
+    """Below a unit's floor the score is flat along its axis; in the tail it is not."""
+    axes, floors = bent()[0].axes, bent()[0].floors
+    network = InversionNetwork((8, 1, 1), 8, 2)
+    network.projection.copy_(20 * torch.eye(8).reshape(8, 8, 1, 1))
+    network.axes.copy_(axes)
+    network.floors.copy_(floors)
+    with torch.no_grad():
+        network.score.weight[0, 8:] = torch.tensor([-1.0, -1.0])
+    for unit in range(2):
+        pull = []
+        for above in (-1.5, 0.0, 2.5):
+            # The other unit's fault is not there.
+            along = floors - 3 + torch.nn.functional.one_hot(torch.tensor(unit), 2) * (3 + above)
+            found = (axes @ along)[None].requires_grad_()
+            torch.testing.assert_close(network.find(slab_of(network, found)), found)
+            (gradient,) = torch.autograd.grad(network(slab_of(network, found)).sum(), found)
+            pull.append((gradient[0] @ axes[:, unit]).item())
+        assert -0.01 < pull[0] <= 0
+        assert pull[1] == pytest.approx(-0.5, abs=1e-3)
+        assert pull[2] == pytest.approx(-1, abs=1e-3)
 
 
 # --- the score -----------------------------------------------------------------------------------
@@ -163,21 +308,30 @@ def test_squash_by_hand():
 
 
 def test_score_by_hand():
+    """bias + sum of weight * component / 2 + sum of weight * softplus(4 (y - floor)) / 4."""
     network = random_network()
     sigma, _, _ = world(3, noise=0.1)
-    by_hand = []
-    for slab in sigma.double():
-        total = network.score.bias.double()[0]
-        for weight, direction in zip(network.score.weight[0], network.projection, strict=True):
-            seen = torch.tanh((slab - LEVEL) / SOFTNESS) - network.mean.double()
-            total = total + weight.double() * (seen * direction.double()).sum()
+    weights = network.score.weight[0].tolist()
+    assert len(weights) == 2 + 3
+    by_hand, bends = [], []
+    for components in found(network, sigma).tolist():
+        total = network.score.bias.item()
+        for weight, component in zip(weights[:2], components, strict=True):
+            total += weight * component / 2
+        for unit, weight in enumerate(weights[2:]):
+            y = sum(c * network.axes[k, unit].item() for k, c in enumerate(components))
+            above = 4 * (y - network.floors[unit].item())
+            bends.append(above)
+            total += weight * math.log1p(math.exp(above)) / 4
         by_hand.append(total)
-    torch.testing.assert_close(network(sigma), torch.stack(by_hand).float(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(network(sigma), network.score(found(network, sigma))[:, 0])
+    assert min(abs(above) for above in bends) < 3  # the bend itself is seen, not its ends alone
+    torch.testing.assert_close(network(sigma), torch.tensor(by_hand), rtol=1e-4, atol=1e-4)
 
 
 def test_before_training_every_slab_scores_nothing():
     network, _ = fitted(*world(50, noise=0.1)[:2])
+    seen = network.find(world(50, noise=0.1)[0])
+    network.bend(seen, seen[:9], seen[9:18])
     assert torch.equal(network(world(4, noise=0.1, seed=1)[0]), torch.zeros(4))
 
 
@@ -194,7 +348,11 @@ def test_the_gradient_reaches_the_density():
     network = random_network().double()
     sigma = torch.full((1, *SHAPE), LEVEL, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(network(sigma).sum(), sigma)
-    by_hand = torch.einsum("k,kxyz->xyz", network.score.weight[0], network.projection) / SOFTNESS
+    components = found(network, sigma.detach())[0]
+    weights = network.score.weight[0].detach()
+    open_ = torch.sigmoid(4 * (components @ network.axes - network.floors))
+    of_components = weights[:2] / 2 + network.axes @ (weights[2:] * open_)
+    by_hand = torch.einsum("k,kxyz->xyz", of_components, network.projection) / SOFTNESS
     torch.testing.assert_close(gradient[0], by_hand)
     elsewhere = world(2, noise=0.1)[0].double().requires_grad_()
     assert torch.autograd.gradcheck(network, elsewhere)
@@ -208,15 +366,20 @@ def test_a_generators_own_w_is_found_in_its_slabs():
     seeds = range(150)
     sigma = density_slab(generator, seeds, settings)
     w = ws_of_seeds(generator, seeds, settings)[:, 0]
-    assert InversionNetwork(sigma.shape[1:], 4).fit([sigma], w) > 0.3
-    assert InversionNetwork(sigma.shape[1:], 4).fit([sigma], w.roll(1, 0)) < 0.1
+    network = InversionNetwork(sigma.shape[1:], 4)
+    network.fit([sigma], w)
+    assert network.explained > 0.3
+    network.fit([sigma], w.roll(1, 0))
+    assert network.explained < 0.1
 
 
 def test_saving_and_loading(tmp_path):
     generator, settings = tiny_generator(), SlabSettings(resolution=16)
     sigma = density_slab(generator, range(20), settings)
-    network = InversionNetwork(sigma.shape[1:], 3, level=6.0, softness=9.0)
+    network = InversionNetwork(sigma.shape[1:], 3, units=2, level=6.0, softness=9.0)
     network.fit([sigma], ws_of_seeds(generator, range(20), settings)[:, 0])
+    seen = network.find(sigma)
+    network.bend(seen, seen[:10], seen[10:])
     with torch.no_grad():
         network.score.weight.normal_()
         network.score.bias.fill_(0.25)
@@ -226,10 +389,13 @@ def test_saving_and_loading(tmp_path):
     assert copy.network.describe() == {
         "shape": [8, 9, 9],
         "components": 3,
+        "units": 2,
         "level": 6.0,
         "softness": 9.0,
     }
     assert torch.equal(copy.score_slab(sigma), network(sigma))
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(copy.network.state_dict()[name], tensor)
     assert not any(p.requires_grad for p in copy.network.parameters())
     planes = generator.planes(ws_of_seeds(generator, [3], settings))
     torch.testing.assert_close(copy.score_planes(generator, planes), network(sigma[3:4]))

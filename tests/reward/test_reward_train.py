@@ -16,8 +16,8 @@ from densityrl.preference import (
     split_preferences,
     write_preferences,
 )
-from densityrl.reward import RewardModel
-from densityrl.reward.train import RewardTrainer, Volumes, train_reward
+from densityrl.reward import InversionNetwork, RewardModel, inversion
+from densityrl.reward.train import RewardTrainer, Volumes, new_network, train_reward
 from densityrl.volume import SlabSettings, VolumeCache, density_slab, ws_of_seeds
 
 
@@ -42,7 +42,9 @@ def make_trainer(config, folder):
     """A trainer and the list of batches that it shows its network."""
     generator = tiny_generator()
     split = split_preferences(read_preferences(config.preferences), config.split, config.seed)
-    trainer = RewardTrainer(config, generator, split, Volumes(config, generator, folder), "cpu")
+    volumes = Volumes(config, generator, folder)
+    network = new_network(config, generator, len(split.train.seeds) + config.inversion_slabs)
+    trainer = RewardTrainer(config, generator, network, split, volumes)
     trainer.fit_inversion()
     shown = []
     trainer.network.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
@@ -67,6 +69,13 @@ def test_what_a_run_leaves(config, tmp_path):
     assert summary["held_out"] == "test"
     low, high = summary["accuracy_interval"]
     assert low <= summary["accuracy"] <= high
+    network = RewardModel.load(tmp_path / "run").network
+    explained = {k: v for k, v in summary.items() if k == "inversion_explained"}
+    if config.network == "inversion":
+        assert explained == {"inversion_explained": network.explained.item()}
+        assert 0 < network.explained < 1
+    else:
+        assert explained == {}
     lines = lines_of(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
     assert len([line for line in lines if "validation_loss" in line]) == 2
@@ -145,7 +154,91 @@ def test_an_unknown_network(config, tmp_path):
         train_reward(unknown, tmp_path / "run")
 
 
+@only_inversion
+def test_too_large_a_fit_is_refused_before_volumes_are_made(config, tmp_path, monkeypatch):
+    """28 seeds of training pairs and those without labels; slabs of 8 x 9 x 9 points."""
+    numbers = (28 + config.inversion_slabs) * 8 * 9 * 9
+    monkeypatch.setattr(inversion, "LARGEST", numbers - 1)
+    shared = dataclasses.replace(config, volumes=str(tmp_path / "volumes"))
+    with pytest.raises(PreferenceError, match=r"^58 slabs of 648 points are too many for "):
+        train_reward(shared, tmp_path / "run")
+    with pytest.raises(PreferenceError, match="are too many for the inversion network"):
+        train_reward(config, tmp_path / "alone")
+    assert not list(tmp_path.rglob("*.npy"))
+    monkeypatch.setattr(inversion, "LARGEST", numbers)
+    train_reward(shared, tmp_path / "fits")
+    assert list(tmp_path.rglob("*.npy"))
+
+
+@only_conv
+def test_the_size_of_a_fit_does_not_matter_to_the_conv_network(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(inversion, "LARGEST", 0)
+    assert train_reward(config, tmp_path / "run")["pairs"]["train"] == 14
+
+
+@only_inversion
+def test_too_few_slabs_for_its_components(config, tmp_path):
+    """2 seeds of one training pair, 4 without labels, 6 components."""
+    seeds = np.arange(6).reshape(2, 3)
+    write_preferences(config.preferences, PreferenceTable(seeds[0], seeds[1]))
+    few = dataclasses.replace(config, split=(0.34, 0.33, 0.33), inversion_slabs=4)
+    with pytest.raises(PreferenceError, match=r"^6 slabs are too few to find 6 components of w: "):
+        train_reward(few, tmp_path / "run")
+    enough = dataclasses.replace(few, inversion_slabs=5)
+    assert train_reward(enough, tmp_path / "enough")["pairs"]["train"] == 1
+
+
+# --- the network before training -----------------------------------------------------------------
+
+
+@only_inversion
+@pytest.mark.parametrize(
+    ("components", "units", "made"), [(6, 3, (6, 3)), (6, 10, (6, 6)), (48, 10, (16, 10))]
+)
+def test_the_size_of_an_inversion_network(config, components, units, made):
+    """No more components than w has numbers (16), no more units than components."""
+    config = dataclasses.replace(config, components=components, units=units)
+    network = new_network(config, tiny_generator(), 58)
+    assert isinstance(network, InversionNetwork)
+    assert network.shape == (8, 9, 9)
+    assert network.axes.shape == made
+
+
+@only_conv
+def test_first_weights_are_a_function_of_the_seed(config):
+    """They take nothing from torch's own generator and leave it as it was."""
+    state = torch.get_rng_state()
+    first = new_network(config, tiny_generator(), 58)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    again = new_network(config, tiny_generator(), 58)
+    other = new_network(dataclasses.replace(config, seed=1), tiny_generator(), 58)
+    assert first.widths == config.widths
+    weights = [next(network.parameters()) for network in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
 # --- what the inversion network learns -----------------------------------------------------------
+
+
+@only_inversion
+def test_units_are_bent_by_the_training_pairs(config, tmp_path):
+    """Winners and losers as the table has them, over all slabs that the map was fitted on."""
+    trainer, _ = make_trainer(config, tmp_path / "volumes")
+    train, read = trainer.split.train, trainer.volumes.ranked
+    everything = [*train.seeds.tolist(), *trainer.volumes.unlabelled_seeds]
+    assert len(everything) == 58
+    with torch.no_grad():
+        found, winners, losers = (
+            trainer.network.find(read(seeds))
+            for seeds in (everything, train.winners.tolist(), train.losers.tolist())
+        )
+    by_hand = InversionNetwork(trainer.network.shape, 6, 3)
+    by_hand.bend(found, winners, losers)
+    torch.testing.assert_close(trainer.network.axes, by_hand.axes, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(trainer.network.floors, by_hand.floors, rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(trainer.best_weights[k], v) for k, v in trainer.network.named_buffers())
 
 
 @only_inversion
@@ -179,8 +272,8 @@ def test_held_out_seeds_take_no_part_in_the_fit(config, tmp_path):
     for seed in held_out:
         cache.put(seed, np.full(cache.shape, 99.0))
     again, _ = make_trainer(config, tmp_path / "volumes")
-    assert torch.equal(again.network.projection, trainer.network.projection)
-    assert torch.equal(again.network.mean, trainer.network.mean)
+    for name, fitted in trainer.network.named_buffers():
+        assert torch.equal(dict(again.network.named_buffers())[name], fitted)
 
 
 # --- batches and mirroring -----------------------------------------------------------------------
