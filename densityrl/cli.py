@@ -232,7 +232,8 @@ def finetune(
     train: Annotated[
         str,
         typer.Option(
-            help="What moves: mapping, synthesis, styles, early, late, decoder; comma-separated."
+            help="What moves, comma-separated: steering, mapping, synthesis, styles, early, late, "
+            "decoder."
         ),
     ] = ",".join(_default(FinetuneConfig, "train")),
     reward_weight: float = _default(FinetuneConfig, "reward_weight"),
@@ -351,7 +352,9 @@ def evaluate(
 def demo(
     out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("runs/demo"),
     pairs: Annotated[int, typer.Option(min=20, help="Preferences to simulate.")] = 300,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of fine-tuning.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of fine-tuning.")] = _default(
+        FinetuneConfig, "steps"
+    ),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a demo that was interrupted.")
     ] = False,

@@ -24,8 +24,8 @@ class RewardConfig:
     split: tuple[float, float, float] = (0.70, 0.15, 0.15)  # training, validation, test
     # inversion: linear in what of w a slab shows; conv: the paper's kind, from pairs alone
     network: Literal["inversion", "conv"] = "inversion"
-    components: int = 48  # of w, which the inversion network looks for
-    units: int = 10  # one-sided, of the inversion network
+    components: int = 56  # coordinates of w that the inversion network looks for
+    sparsity: float = 0.04  # of the sum of absolute weights of the inversion network's score
     inversion_slabs: int = 1000  # without labels, that it is fitted on beside the ranked ones
     inversion_first_seed: int = 200_000
     widths: tuple[int, ...] = (16, 32, 48, 64)  # of the conv network; the paper's has 8 to 256
@@ -34,7 +34,7 @@ class RewardConfig:
     patience: int = 8  # epochs without a better validation loss before stopping
     batch: int = 8  # pairs
     learning_rate: float = 1e-2  # 1e-3 suits the conv network; the paper's trains at 1e-5
-    weight_decay: float = 0.2  # of the square of weights, half of it; the paper has 1e-4
+    weight_decay: float = 0.006  # of the square of weights, half of it; the paper has 1e-4
     anchors: int = 0  # known-good samples always preferred over ranked ones; the paper has 1000
     anchor_first_seed: int = 100_000
     anchor_psi: float = 0.25
@@ -49,14 +49,18 @@ class FinetuneConfig:
 
     generator: str
     reward: str
-    steps: int = 60  # the paper makes about 1,250 of batch 16
-    batch: int = 4  # latents a step
+    steps: int = 40  # the paper makes about 1,250 of batch 16
+    batch: int = 8  # latents a step
     accumulate: int = 1  # batches a step
-    learning_rate: float = 2e-4
+    learning_rate: float = 2e-4  # of weights
     # Mapping and decoder store weights divided by a constant; their rate is divided by it as well,
     # so that one number suits every layer. The paper moves the mapping 100 times more slowly.
     equal_rates: bool = True
-    train: tuple[str, ...] = ("mapping",)  # groups of parameters that move
+    # Groups of parameters that move; steering: along axes of w, folded into the weights at the end.
+    train: tuple[str, ...] = ("steering",)
+    steering_axes: int = 56
+    pull_rate: float = 0.08  # of the steering's numbers, a step
+    push_rate: float = 0.012
     reward_weight: float = 1.0
     # target: only rewards below a quantile of the frozen generator's are raised; clip: the paper's
     reward_shape: Literal["target", "clip"] = "target"

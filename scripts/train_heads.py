@@ -145,9 +145,10 @@ def fit_mapping(generator: TriplaneGenerator, steps: int, seed: int) -> float:
     readout = nn.Linear(CONFIG.w_dim, width)
     optimizer = torch.optim.Adam(
         [
-            {"params": mapping.parameters(), "lr": 3e-3 / CONFIG.mapping_lr_mul},
-            {"params": readout.parameters(), "lr": 3e-3},
-        ]
+            {"params": mapping.parameters(), "lr": 2e-3 / CONFIG.mapping_lr_mul},
+            {"params": readout.parameters(), "lr": 2e-3},
+        ],
+        betas=(0.9, 0.99),
     )
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
@@ -186,7 +187,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/heads"), help="points and state")
     parser.add_argument("--heads", type=int, default=5000, help="clean heads in the bank")
-    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--steps", type=int, default=14_000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--near", type=int, default=5000, help="points a head and step")
     parser.add_argument("--far", type=int, default=1200)
@@ -210,12 +211,13 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     generator = TriplaneGenerator(CONFIG).to(memory_format=torch.channels_last)
-    left = fit_mapping(generator, steps=3000, seed=args.seed)
-    print(f"mapping fitted, {left:.4f} of the factors' variance left", flush=True)
+    state_file = args.work / "state.pt"
+    if not state_file.exists():
+        left = fit_mapping(generator, steps=16_000, seed=args.seed)
+        print(f"mapping fitted, {left:.4f} of the factors' variance left", flush=True)
     average = copy.deepcopy(generator).requires_grad_(False)
     optimizer = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.9, 0.99))
     first = 0
-    state_file = args.work / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         generator.load_state_dict(state["generator"])

@@ -96,7 +96,7 @@ def test_help_names_every_command():
 def test_defaults_stand_in_the_help():
     shown = re.sub(r"\s+", " ", run("finetune", "--help"))
     assert "[default: 0.0002]" in shown
-    assert "[default: mapping]" in shown
+    assert "[default: steering]" in shown
 
 
 # --- commands ------------------------------------------------------------------------------------

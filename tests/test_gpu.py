@@ -9,6 +9,7 @@ from tiny import NETWORKS, save_pairs, save_tiny, tiny_generator
 from densityrl.config import FinetuneConfig, RewardConfig
 from densityrl.finetune.train import finetune
 from densityrl.generator import latents, load_generator
+from densityrl.generator.axes import LatentAxes
 from densityrl.reward import InversionNetwork, RewardModel
 from densityrl.reward.train import train_reward
 from densityrl.volume import SlabSettings, VolumeCache, density_slab, ws_of_seeds
@@ -67,17 +68,25 @@ def test_bfloat16_planes():
 
 
 def test_the_fit_of_an_inversion():
-    """The same map on both, up to the signs of components."""
+    """The same map on both, from the first numbers of w itself."""
     settings = SlabSettings(resolution=16)
     projections = []
     for device in ("cpu", "cuda"):
         generator = tiny_generator().to(device)
         slabs = density_slab(generator, range(60), settings)
         network = InversionNetwork(slabs.shape[1:], 3).to(device)
-        network.fit(slabs.split(16), ws_of_seeds(generator, range(60), settings)[:, 0])
-        projections.append(network.projection.flatten(1).cpu())
-    signs = (projections[0] * projections[1]).sum(dim=1, keepdim=True).sign()
-    assert_near(projections[1] * signs, projections[0], 1e-2)
+        network.fit(slabs.split(16), ws_of_seeds(generator, range(60), settings)[:, 0, :3])
+        projections.append(network.projection.cpu())
+    assert_near(projections[1], projections[0], 1e-2)
+
+
+def test_axes():
+    """The same on both: each is known by its skewness, and the directions span the same space."""
+    on_cpu, on_gpu = (LatentAxes.of(tiny_generator().to(device), 6) for device in ("cpu", "cuda"))
+    assert on_gpu.directions.is_cuda
+    assert_near(on_gpu.skewness, on_cpu.skewness, 1e-2)
+    spanned = [axes.directions.cpu() @ axes.readout.cpu().T for axes in (on_cpu, on_gpu)]
+    assert_near(spanned[1], spanned[0], 1e-2)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -25,28 +25,23 @@ cli.main()
 CONFIGS = {
     **{name: {"RewardConfig": values} for name, values in NETWORKS.items()},
     "finetune": {"FinetuneConfig": {"target_seeds": 8}},
+    "weights": {"FinetuneConfig": {"target_seeds": 8}},
 }
 REWARD_TRAIN = ["reward-train", "--resolution", "16", "--epochs", "8", "--batch", "2"]
+FINETUNE = ["finetune", "--steps", "10", "--batch", "2", "--checkpoint-every", "3"]
+FINETUNE += ["--appearance-resolution", "8"]
 RUNS = {
     "inversion": [*REWARD_TRAIN, "--anchors", "6", "--inversion-slabs", "30"],
     "conv": [*REWARD_TRAIN, "--anchors", "6", "--learning-rate", "0.001"],
-    "finetune": [
-        "finetune",
-        "--steps",
-        "10",
-        "--batch",
-        "2",
-        "--checkpoint-every",
-        "3",
-        "--appearance-resolution",
-        "8",
-    ],
+    "finetune": FINETUNE,
+    "weights": [*FINETUNE, "--train", "mapping"],  # and not steering, as by default
 }
 LOGS = ("metrics.jsonl", "summary.json")
 PRODUCTS = {
     "inversion": ("reward.safetensors", "reward.json", *LOGS),
     "conv": ("reward.safetensors", "reward.json", *LOGS),
     "finetune": ("generator.safetensors", "generator.json", *LOGS),
+    "weights": ("generator.safetensors", "generator.json", *LOGS),
 }
 
 
@@ -57,11 +52,8 @@ def world(tmp_path_factory):
     generator = save_tiny(root / "generator")
     save_pairs(root / "preferences.csv")
     ranked = ["--generator", generator, "--preferences", str(root / "preferences.csv")]
-    inputs = {
-        "inversion": ranked,
-        "conv": ranked,
-        "finetune": ["--generator", generator, "--reward", str(root / "inversion")],
-    }
+    judged = ["--generator", generator, "--reward", str(root / "inversion")]
+    inputs = {"inversion": ranked, "conv": ranked, "finetune": judged, "weights": judged}
     for run in RUNS:
         done = start(run, inputs, root / run)
         assert done.wait() == 0, done.stderr.read()
@@ -114,7 +106,7 @@ def products(run, out):
 def test_kill_9_at_a_random_step(world, tmp_path, run, line):
     root, inputs = world
     # Of 8 lines an epoch, after which a reward's state is saved; a fine-tuning has 11 in all.
-    line = line or random.randrange(*((1, 8) if run == "finetune" else (9, 24)))
+    line = line or random.randrange(*((9, 24) if run in NETWORKS else (1, 8)))
     print(f"killed after {line} lines of metrics")
     process = start(run, inputs, tmp_path / "run")
     stop_at(process, tmp_path / "run", line, signal.SIGKILL)

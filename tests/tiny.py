@@ -60,7 +60,6 @@ NETWORKS = {
     "inversion": {
         "network": "inversion",
         "components": 6,
-        "units": 3,
         "inversion_slabs": 30,
         "anchors": 6,
     },

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from densityrl.config import FinetuneConfig
 from densityrl.errors import NonFiniteError, RunError
 from densityrl.finetune.losses import sculpting_terms
+from densityrl.finetune.steering import Steering
 from densityrl.generator import TriplaneGenerator, load_generator, save_generator
+from densityrl.generator.axes import LatentAxes
 from densityrl.reward import RewardModel
 from densityrl.run import (
     Interrupted,
@@ -26,12 +28,13 @@ from densityrl.run import (
     progress,
     write_summary,
 )
-from densityrl.volume import planes_of_seeds
+from densityrl.volume import planes_of_seeds, ws_of_seeds
 
 TARGET_DRAW = 2**40  # no step of training has this number
 
 # Words for `FinetuneConfig.train`, and the names of the parameters that each lets move.
 PARAMETER_GROUPS = {
+    "steering": r"steering\.",
     "mapping": r"backbone\.mapping\.",
     "synthesis": r"backbone\.synthesis\.",
     "styles": r"backbone\.synthesis\..*\.affine\.",  # how w steers each layer
@@ -60,7 +63,8 @@ def finetune(
             trainer.load_state_dict(state)
         trainer.run(run)
         before = trainer.held_out_rewards(trainer.frozen)
-        after = trainer.held_out_rewards(trainer.ema)
+        tuned = trainer.average()
+        after = trainer.held_out_rewards(tuned)
         summary = {
             "steps": trainer.step,
             "held_out_seeds": list(config.held_out_seeds),
@@ -69,7 +73,7 @@ def finetune(
             "held_out_share_better": float((after > before).float().mean()),
         }
         provenance = {"command": "finetune", "config": asdict(config), **summary}
-        save_generator(trainer.ema, run.path, provenance)
+        save_generator(tuned, run.path, provenance)
         write_summary(run.path / "summary.json", summary)
         return summary
 
@@ -89,10 +93,14 @@ class Finetuner:
         self.frozen = generator
         self.tuned = copy.deepcopy(generator)
         self.ema = copy.deepcopy(generator)
-        self.moving = moving_parameters(self.tuned, config.train)
+        self.steering = self.ema_steering = None
+        if "steering" in config.train:
+            self.steering = Steering(LatentAxes.of(generator, config.steering_axes))
+            self.ema_steering = copy.deepcopy(self.steering)
+        self.moving = moving_parameters(self.tuned, config.train, self.steering)
         self.optimizer = torch.optim.Adam(
             [
-                {"params": [parameter], "lr": config.learning_rate / self._gain(name)}
+                {"params": [parameter], "lr": self._rate(name)}
                 for name, parameter in self.moving.items()
             ],
             betas=(0.0, 0.99),
@@ -138,7 +146,8 @@ class Finetuner:
             cameras = self._cameras(draw)
             with torch.no_grad():
                 frozen_planes = planes_of_seeds(self.frozen, seeds, self.reward.settings)
-            planes = planes_of_seeds(self.tuned, seeds, self.reward.settings)
+            ws = ws_of_seeds(self.tuned, seeds, self.reward.settings)
+            planes = self.tuned.planes(ws if self.steering is None else self.steering(ws))
             terms = sculpting_terms(
                 self.tuned, self.frozen, self.reward, planes, frozen_planes, cameras, config
             )
@@ -161,6 +170,8 @@ class Finetuner:
                 "kept in state.safetensors; start a new run with a lower --learning-rate"
             )
         self.optimizer.step()
+        if self.steering is not None:
+            self.steering.clip()
         self._update_ema()
         return totals
 
@@ -174,17 +185,33 @@ class Finetuner:
     def _update_ema(self) -> None:
         # A shorter memory at first, so that the average does not cling to the start.
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        average = dict(self.ema.named_parameters())
+        average = named_parameters(self.ema, self.ema_steering)
         for name, parameter in self.moving.items():
             average[name].lerp_(parameter, 1 - decay)
 
-    def _gain(self, name: str) -> float:
-        """What a stored parameter is multiplied with, beside what depends on its layer's width."""
-        if not self.config.equal_rates:
-            return 1.0
-        if name.startswith("backbone.mapping.fc"):
-            return self.frozen.config.mapping_lr_mul
-        return self.frozen.config.decoder_lr_mul if name.startswith("osg_decoder.") else 1.0
+    def average(self) -> TriplaneGenerator:
+        """A generator with the moving average of the weights, its steering folded in."""
+        average = copy.deepcopy(self.ema)
+        if self.ema_steering is not None:
+            self.ema_steering.fold(average)
+        return average
+
+    def _rate(self, name: str) -> float:
+        """Learning rate of a parameter.
+
+        With equal rates, that of a stored weight is divided by what the weight is multiplied with,
+        beside what depends on its layer's width.
+        """
+        config = self.config
+        if name == "steering.pull":
+            return config.pull_rate
+        if name == "steering.push":
+            return config.push_rate
+        if config.equal_rates and name.startswith("backbone.mapping.fc"):
+            return config.learning_rate / self.frozen.config.mapping_lr_mul
+        if config.equal_rates and name.startswith("osg_decoder."):
+            return config.learning_rate / self.frozen.config.decoder_lr_mul
+        return config.learning_rate
 
     def _target(self) -> tuple[float, float]:
         """The reward to reach, and the spread of rewards, both of the frozen generator."""
@@ -218,16 +245,18 @@ class Finetuner:
         return torch.cat(rewards)
 
     def _held_out_mean(self) -> float:
-        return float(self.held_out_rewards(self.ema).mean())
+        return float(self.held_out_rewards(self.average()).mean())
 
     def state_dict(self) -> dict[str, Any]:
-        average = dict(self.ema.named_parameters())
+        average = named_parameters(self.ema, self.ema_steering)
         return {
             "step": self.step,
             "tuned": {name: parameter.detach() for name, parameter in self.moving.items()},
             "ema": {name: average[name].detach() for name in self.moving},
             "optimizer": self.optimizer.state_dict(),
             "start": self.frozen.fingerprint(),
+            # Found anew they could differ in the last bit, or in sign.
+            "axes": {} if self.steering is None else dict(self.steering.named_buffers()),
         }
 
     @torch.no_grad()
@@ -237,15 +266,26 @@ class Finetuner:
                 f"the generator at {self.config.generator} is not the one this run started from"
             )
         self.step = state["step"]
-        average = dict(self.ema.named_parameters())
+        average = named_parameters(self.ema, self.ema_steering)
         for name, parameter in self.moving.items():
             parameter.copy_(state["tuned"][name])
             average[name].copy_(state["ema"][name])
+        for steering in (self.steering, self.ema_steering):
+            if steering is not None:
+                steering.load_state_dict(state["axes"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def named_parameters(
+    generator: TriplaneGenerator, steering: Steering | None
+) -> dict[str, nn.Parameter]:
+    """Parameters of both by name."""
+    own = {} if steering is None else dict(steering.named_parameters(prefix="steering"))
+    return {**dict(generator.named_parameters()), **own}
+
+
 def moving_parameters(
-    generator: TriplaneGenerator, groups: Sequence[str]
+    generator: TriplaneGenerator, groups: Sequence[str], steering: Steering | None = None
 ) -> dict[str, nn.Parameter]:
     """Make the named groups require a gradient and return them by name, the others not."""
     unknown = sorted(set(groups) - PARAMETER_GROUPS.keys())
@@ -256,7 +296,7 @@ def moving_parameters(
         )
     pattern = re.compile("|".join(PARAMETER_GROUPS[group] for group in groups))
     moving = {}
-    for name, parameter in generator.named_parameters():
+    for name, parameter in named_parameters(generator, steering).items():
         parameter.requires_grad_(pattern.match(name) is not None)
         if parameter.requires_grad:
             moving[name] = parameter

@@ -16,6 +16,7 @@ from torch import Tensor
 from densityrl.config import RewardConfig
 from densityrl.errors import NonFiniteError, PreferenceError, RunError
 from densityrl.generator import TriplaneGenerator, load_generator
+from densityrl.generator.axes import LatentAxes
 from densityrl.preference import PreferenceTable, Split, read_preferences, split_preferences
 from densityrl.reward.inversion import InversionNetwork, check_size
 from densityrl.reward.losses import preference_loss, reward_size_loss
@@ -69,7 +70,7 @@ def train_reward(
             "validation_loss": trainer.best_loss,
             "held_out": "test" if len(split.test) else "validation",
             **inversion_figures(model.network),
-            **held_out_figures(model, volumes, held_out, device),
+            **held_out_figures(model, volumes, held_out),
         }
         model.save(
             run.path,
@@ -169,15 +170,12 @@ class RewardTrainer:
         train = self.split.train
         seeds = [*train.seeds.tolist(), *self.volumes.unlabelled_seeds]
         parts = [seeds[start : start + 64] for start in range(0, len(seeds), 64)]
-        w = torch.cat([ws_of_seeds(self.generator, part, self.volumes.settings) for part in parts])
-        self.network.fit([self.volumes.ranked(part) for part in parts], w[:, 0])
         with torch.no_grad():
-            found = torch.cat([self.network.find(self.volumes.ranked(part)) for part in parts])
-        row = {seed: index for index, seed in enumerate(seeds)}
-        winners, losers = (
-            found[[row[seed] for seed in side.tolist()]] for side in (train.winners, train.losers)
-        )
-        self.network.bend(found, winners, losers)
+            w = torch.cat(
+                [ws_of_seeds(self.generator, part, self.volumes.settings) for part in parts]
+            )
+        axes = LatentAxes.of(self.generator, len(self.network.projection))
+        self.network.fit([self.volumes.ranked(part) for part in parts], axes.coordinates(w[:, 0]))
         self.best_weights = copy.deepcopy(self.network.state_dict())
 
     def run(self, run: RunDirectory) -> None:
@@ -225,6 +223,8 @@ class RewardTrainer:
         winner, loser, *anchor = rewards.chunk(len(volumes))
         pair_loss = preference_loss(winner, loser)
         loss = pair_loss + self.config.reward_size_weight * reward_size_loss(rewards)
+        if isinstance(self.network, InversionNetwork):
+            loss = loss + self.config.sparsity * self.network.score.weight.abs().sum()
         for known_good in anchor:
             both = preference_loss(known_good, winner) + preference_loss(known_good, loser)
             loss = loss + self.config.anchor_weight * both / 2
@@ -295,7 +295,7 @@ def new_network(
     shape = settings.grid(generator.box_side).shape
     components = min(config.components, generator.w_dim)
     check_size(slabs, math.prod(shape), components)
-    return InversionNetwork(shape, components, min(config.units, components))
+    return InversionNetwork(shape, components)
 
 
 def inversion_figures(network: InversionNetwork | ConvNetwork) -> dict[str, float]:
@@ -325,7 +325,7 @@ def pair_margins(
 
 
 def held_out_figures(
-    model: RewardModel, volumes: Volumes, pairs: PreferenceTable, device: str
+    model: RewardModel, volumes: Volumes, pairs: PreferenceTable
 ) -> dict[str, Any]:
     """Accuracy with its 95 % Wilson interval, loss, and calibration on held-out pairs."""
     if not len(pairs):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,9 +14,24 @@ from densityrl.errors import CheckpointError, NonFiniteError, RunError
 from densityrl.finetune.losses import Terms, sculpting_terms
 from densityrl.finetune.train import TARGET_DRAW, Finetuner, finetune, moving_parameters
 from densityrl.generator import TriplaneGenerator, load_generator
+from densityrl.generator.axes import LatentAxes
 from densityrl.reward import InversionNetwork, RewardModel
+from densityrl.run import load_state
 from densityrl.volume import SlabSettings, density_slab, ws_of_seeds
 from triplane_kernels import Grid, density_grid
+
+# What moves by default, and weights.
+TRAIN = pytest.mark.parametrize("train", [("steering",), ("mapping",)], ids="-".join)
+
+
+@pytest.fixture(autouse=True)
+def axes_of_both_kinds(monkeypatch):
+    """All axes of a generator this small are skewed; of these bounds some are over, some under.
+
+    Fewer samples to find them from are enough, and save a second each time.
+    """
+    monkeypatch.setattr("densityrl.finetune.steering.SKEWED", 1.2)
+    monkeypatch.setattr("densityrl.generator.axes.SAMPLES", 2000)
 
 
 @pytest.fixture
@@ -36,6 +52,21 @@ def config(tmp_path):
 
 def make_trainer(config):
     return Finetuner(config, load_generator(config.generator), RewardModel.load(config.reward))
+
+
+def pace(trainer, steps=2):
+    """Train so many steps; names of the generator's parameters that moved."""
+    before = {name: p.clone() for name, p in trainer.tuned.named_parameters()}
+    for _ in range(steps):
+        trainer._train_step()
+        trainer.step += 1
+    return {n for n, p in trainer.tuned.named_parameters() if not torch.equal(p, before[n])}
+
+
+def changed(generator, start):
+    """Names of parameters and buffers of a generator that are not those of the other one."""
+    values = generator.state_dict()
+    return {name for name, old in start.state_dict().items() if not torch.equal(values[name], old)}
 
 
 def weighted(reward, *, shape="target", target=0.0, scale=1.0, **values):
@@ -201,10 +232,7 @@ def test_training_latents_are_truncated_as_the_rewards_own(config):
 def test_only_the_chosen_parameters_move(config, groups, prefixes):
     trainer = make_trainer(dataclasses.replace(config, train=groups))
     before = {name: p.clone() for name, p in trainer.tuned.named_parameters()}
-    for _ in range(2):
-        trainer._train_step()
-        trainer.step += 1
-    moved = {n for n, p in trainer.tuned.named_parameters() if not torch.equal(p, before[n])}
+    moved = pace(trainer)
     assert moved
     assert all(name.startswith(prefixes) for name in moved)
     for prefix in prefixes:
@@ -213,6 +241,69 @@ def test_only_the_chosen_parameters_move(config, groups, prefixes):
     assert all(not torch.equal(averaged[name], before[name]) for name in moved)
     frozen = dict(trainer.frozen.named_parameters())
     assert all(torch.equal(frozen[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("group", [None, "mapping", "decoder"])
+def test_steering_moves_alone_or_with_others(config, group):
+    """While it is trained no weight has it; the product has it in its affine layers."""
+    train = ("steering",) if group is None else ("steering", group)
+    trainer = make_trainer(dataclasses.replace(config, train=train))
+    beside = set() if group is None else names_of(tiny_generator(), group)
+    moved = pace(trainer)
+    assert moved == beside == changed(trainer.ema, trainer.frozen)
+    for steering in (trainer.steering, trainer.ema_steering):
+        skewed = steering.skewed.bool()
+        assert 0 < skewed.sum() < len(skewed)
+        assert steering.pull[skewed].any()
+        assert not steering.pull[~skewed].any()
+        assert steering.push[~skewed].all()
+        assert not steering.push[skewed].any()
+    affine = {name for name, _ in tiny_generator().named_parameters() if ".affine." in name}
+    assert changed(trainer.average(), trainer.frozen) == affine | beside
+    assert not changed(trainer.frozen, tiny_generator())
+
+
+def test_the_product_has_the_average_of_steering(config):
+    """And not its last numbers."""
+    trainer = make_trainer(dataclasses.replace(config, push_rate=0.1))
+    pace(trainer)
+    ws = trainer.frozen.mapping(torch.randn(4, 8))
+    product = trainer.average().planes(ws)
+    expected, last = (
+        trainer.frozen.planes(steering(ws).detach())
+        for steering in (trainer.ema_steering, trainer.steering)
+    )
+    torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-4)
+    assert (last - expected).abs().max() > 0.01
+
+
+def test_what_is_scored_in_training_is_steered(config):
+    """Planes of the loss, of samples that steering moves, and of no others."""
+    trainer = make_trainer(dataclasses.replace(config, reward_shape="clip"))
+    with torch.no_grad():
+        trainer.steering.pull.fill_(0.8)
+        trainer.steering.push.fill_(0.5)
+    draw = np.random.default_rng([config.seed, 0, 0])
+    seeds = draw.integers(2**31, 2**32, config.batch).tolist()
+    ws = ws_of_seeds(trainer.frozen, seeds, trainer.reward.settings)
+    with torch.no_grad():
+        steered, plain = (
+            trainer.reward.score_planes(trainer.frozen, trainer.frozen.planes(w)).mean().item()
+            for w in (trainer.steering(ws), ws)
+        )
+    figures = trainer._train_step()
+    assert figures["reward"] == pytest.approx(steered, rel=1e-4)
+    assert abs(steered - plain) > 1e-2 * abs(plain)
+    assert figures["consistency"] > 0.1
+
+
+def test_pulls_stay_within_their_bounds(config):
+    """With steps of more than the whole way."""
+    trainer = make_trainer(dataclasses.replace(config, pull_rate=3.0))
+    for _ in range(3):
+        pace(trainer, 1)
+        assert ((trainer.steering.pull >= 0) & (trainer.steering.pull <= 1)).all()
+    assert (trainer.steering.pull.min(), trainer.steering.pull.max()) == (0, 1)
 
 
 def names_of(generator, *groups):
@@ -243,12 +334,16 @@ def test_groups_of_parameters(which):
 
 
 def test_unknown_parameters_are_refused():
-    with pytest.raises(RunError, match="from mapping, synthesis, styles, early, late, decoder"):
+    with pytest.raises(
+        RunError, match="from steering, mapping, synthesis, styles, early, late, decoder"
+    ):
         moving_parameters(tiny_generator(), ["backbone"])
     with pytest.raises(RunError, match="called nothing"):
         moving_parameters(tiny_generator(), [])
     with pytest.raises(RunError, match=r"^this generator has no parameters called late$"):
         moving_parameters(tiny_generator(), ["late"])  # its planes have a side of 16
+    with pytest.raises(RunError, match=r"^this generator has no parameters called steering$"):
+        moving_parameters(tiny_generator(), ["steering"])  # a generator by itself has none
 
 
 def uneven_generator(**values):
@@ -259,16 +354,22 @@ def uneven_generator(**values):
 
 
 def gain_of(name):
+    """What stored numbers of this name are multiplied with."""
     if name.startswith("backbone.mapping.fc"):
         return 0.02
     return 0.25 if name.startswith("osg_decoder.") else 1.0
 
 
+STEERING = ("steering.pull", "steering.push")
+
+
 def equal(config, equal_rates):
     return dataclasses.replace(
         config,
-        train=("mapping", "synthesis", "decoder"),
+        train=("mapping", "synthesis", "decoder", "steering"),
         learning_rate=1e-3,
+        pull_rate=0.05,
+        push_rate=0.003,
         equal_rates=equal_rates,
         reward_shape="clip",
     )
@@ -284,6 +385,7 @@ def test_rates_of_parameters(config, equal_rates):
         for group in trainer.optimizer.param_groups
         for parameter in group["params"]
     }
+    assert (rates.pop("steering.pull"), rates.pop("steering.push")) == (0.05, 0.003)
     assert rates.keys() == dict(trainer.tuned.named_parameters()).keys()
     assert {gain_of(name) for name in rates} == {0.02, 0.25, 1.0}
     assert "backbone.mapping.embed.weight" in rates
@@ -298,6 +400,7 @@ def test_the_first_step_moves_what_is_used_by_the_same(config, equal_rates):
     trainer = Finetuner(equal(config, equal_rates), generator, tiny_reward())
     trainer._train_step()
     before = dict(generator.named_parameters())
+    before.update({name: torch.zeros_like(trainer.moving[name]) for name in STEERING})
     moved = {n: (p - before[n]).abs().max().item() for n, p in trainer.moving.items()}
     for name in ("backbone.mapping.fc0.weight", "backbone.mapping.fc1.bias"):
         assert moved[name] * 0.02 == pytest.approx(1e-3 * (1 if equal_rates else 0.02), rel=0.05)
@@ -305,9 +408,11 @@ def test_the_first_step_moves_what_is_used_by_the_same(config, equal_rates):
         1e-3 * (1 if equal_rates else 0.25), rel=0.05
     )
     assert moved["backbone.synthesis.b4.const"] == pytest.approx(1e-3, rel=0.05)
+    assert [moved[name] for name in STEERING] == pytest.approx([0.05, 0.003], rel=0.05)
 
 
-def test_accumulation_is_a_larger_batch(config, monkeypatch):
+@TRAIN
+def test_accumulation_is_a_larger_batch(config, train, monkeypatch):
     """Two batches of 2 with the latents of one batch of 4 give its gradient."""
     parts = iter([np.arange(4), np.arange(2), np.arange(2, 4)])
 
@@ -320,7 +425,9 @@ def test_accumulation_is_a_larger_batch(config, monkeypatch):
 
     trainers = [
         make_trainer(
-            dataclasses.replace(config, batch=batch, accumulate=accumulate, gradient_clip=1e9)
+            dataclasses.replace(
+                config, train=train, batch=batch, accumulate=accumulate, gradient_clip=1e9
+            )
         )
         for batch, accumulate in ((4, 1), (2, 2))
     ]
@@ -333,7 +440,9 @@ def test_accumulation_is_a_larger_batch(config, monkeypatch):
         torch.testing.assert_close(gradients[1][name], whole, rtol=1e-3, atol=1e-5)
 
 
-def test_not_finite_stops_and_keeps_the_last_good_state(config, tmp_path, monkeypatch):
+@TRAIN
+def test_not_finite_stops_and_keeps_the_last_good_state(config, train, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, train=train)
     original = Finetuner._train_step
 
     def poisoned(self):
@@ -344,23 +453,32 @@ def test_not_finite_stops_and_keeps_the_last_good_state(config, tmp_path, monkey
     monkeypatch.setattr(Finetuner, "_train_step", poisoned)
     with pytest.raises(NonFiniteError, match="not finite at step 3"):
         finetune(config, tmp_path / "run")
-    monkeypatch.undo()
+    monkeypatch.setattr(Finetuner, "_train_step", original)
     trainer = make_trainer(config)
-    from densityrl.run import load_state
-
     trainer.load_state_dict(load_state(tmp_path / "run" / "state.safetensors"))
     assert trainer.step == 2
-    assert all(bool(p.isfinite().all()) for p in trainer.tuned.parameters())
+    assert all(bool(p.isfinite().all()) for p in trainer.moving.values())
     steps = [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").open()]
     assert steps == [0, 1, 2]
     assert not (tmp_path / "run" / "generator.json").exists()
 
 
-def test_the_product_is_a_generator(config, tmp_path):
+@TRAIN
+def test_the_product_is_a_generator(config, train, tmp_path):
+    """The one whose rewards the summary tells, and it differs where it was to."""
+    config = dataclasses.replace(config, train=train, learning_rate=5e-3, push_rate=0.2)
     summary = finetune(config, tmp_path / "run")
-    tuned = load_generator(tmp_path / "run")
-    assert tuned.fingerprint() != load_generator(config.generator).fingerprint()
+    start, tuned = load_generator(config.generator), load_generator(tmp_path / "run")
+    part = ".affine." if train == ("steering",) else "backbone.mapping.fc"
+    names = {name for name, _ in start.named_parameters() if part in name}
+    assert changed(tuned, start) == names
     assert summary["steps"] == 3
+    trainer = make_trainer(config)
+    before, after = trainer.held_out_rewards(start), trainer.held_out_rewards(tuned)
+    assert summary["held_out_reward_before"] == pytest.approx(before.mean().item(), rel=1e-6)
+    assert summary["held_out_reward_after"] == pytest.approx(after.mean().item(), rel=1e-6)
+    assert summary["held_out_share_better"] == pytest.approx((after > before).float().mean().item())
+    assert (after - before).abs().min() > 1e-4 * before.abs().mean()
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert {"loss", "reward", "consistency", "appearance"} <= lines[1].keys()
@@ -374,16 +492,60 @@ def test_another_start_cannot_be_resumed(config, tmp_path):
         finetune(dataclasses.replace(config, steps=4), tmp_path / "run", resume=True)
 
 
-def test_more_steps_may_be_asked_for(config, tmp_path):
+@TRAIN
+def test_more_steps_may_be_asked_for(config, train, tmp_path):
+    config = dataclasses.replace(config, train=train)
     finetune(config, tmp_path / "longer")
     longer = dataclasses.replace(config, steps=5)
     finetune(longer, tmp_path / "longer", resume=True)
     finetune(longer, tmp_path / "at once")
-    ends = [
-        (tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]
-        for name in ("longer", "at once")
-    ]
-    assert ends[0] == ends[1]
+    assert end_of(tmp_path / "longer") == end_of(tmp_path / "at once")
+
+
+def end_of(run):
+    """Last figures and every weight of a run."""
+    return (run / "metrics.jsonl").read_text().splitlines()[-1], load_generator(run).fingerprint()
+
+
+@pytest.mark.parametrize("train", [("steering",), ("steering", "mapping")], ids="-".join)
+def test_a_run_keeps_its_axes(config, train, tmp_path, monkeypatch):
+    """Another machine may find them in another order: those of the state count.
+
+    Killed in its fourth step, the run goes on after the second.
+    """
+    config = dataclasses.replace(config, train=train, steps=5, checkpoint_every=2)
+    finetune(config, tmp_path / "at once")
+    step = Finetuner._train_step
+
+    def killed(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Finetuner, "_train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, tmp_path / "run")
+    monkeypatch.setattr(Finetuner, "_train_step", step)
+    monkeypatch.setattr(LatentAxes, "of", classmethod(partial(turned, LatentAxes.of)))
+    found = make_trainer(config)
+    kept = load_state(tmp_path / "run" / "state.safetensors")["axes"]
+    assert kept.keys() == dict(found.steering.named_buffers()).keys()
+    for name in ("directions", "readout", "typical", "skewed"):
+        assert not torch.equal(getattr(found.steering, name), kept[name])
+    finetune(config, tmp_path / "run", resume=True)
+    assert end_of(tmp_path / "run") == end_of(tmp_path / "at once")
+
+
+def turned(find, _, generator, count):
+    """The axes that are found, from the last to the first."""
+    axes = find(generator, count)
+    return LatentAxes(
+        axes.mean,
+        axes.directions.flip(1),
+        axes.readout.flip(1),
+        axes.typical.flip(0),
+        axes.skewness.flip(0),
+    )
 
 
 def test_a_reward_for_another_box_is_refused(config, tmp_path):
@@ -402,15 +564,21 @@ def test_the_reward_reads_its_own_grid(config):
     assert torch.equal(reward.score_slab(sigma), reward.score_planes(generator, planes))
 
 
-@pytest.mark.parametrize(("group", "share"), [("mapping", 0.9), ("synthesis", 1)])
-def test_an_inversion_reward_is_raised(config, tmp_path, group, share):
-    """Where it says that w moves along its first component; a few steps, of that term alone."""
+@pytest.mark.parametrize(
+    ("group", "liked", "share"), [("mapping", 1, 0.9), ("synthesis", 1, 1), ("steering", -1, 0.6)]
+)
+def test_an_inversion_reward_is_raised(config, tmp_path, group, liked, share):
+    """Where it says that w moves along one axis; a few steps, of that term alone.
+
+    Steering can shorten the tail of a skewed axis, which is liked the less, and not lengthen it.
+    """
     generator, settings = tiny_generator(), SlabSettings(resolution=16)
     slabs = density_slab(generator, range(40), settings)
     network = InversionNetwork(slabs.shape[1:], 3)
-    network.fit([slabs], ws_of_seeds(generator, range(40), settings)[:, 0])
+    w = ws_of_seeds(generator, range(40), settings)[:, 0]
+    network.fit([slabs], LatentAxes.of(generator, 3).coordinates(w))
     with torch.no_grad():
-        network.score.weight[0, 0] = 1.0
+        network.score.weight[0, 0] = liked
     RewardModel(network.requires_grad_(False), settings, 1.0).save(config.reward)
     alone = dataclasses.replace(
         config,

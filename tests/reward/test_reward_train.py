@@ -10,6 +10,8 @@ from tiny import NETWORKS, save_pairs, save_tiny, tiny_generator
 
 from densityrl.config import RewardConfig
 from densityrl.errors import NonFiniteError, PreferenceError, RunError
+from densityrl.generator import load_generator, save_generator
+from densityrl.generator.axes import LatentAxes
 from densityrl.preference import (
     PreferenceTable,
     read_preferences,
@@ -115,6 +117,8 @@ def test_anchors_come_to_be_preferred(config, tmp_path):
     anchored = dataclasses.replace(
         config, anchors=12, epochs=30, patience=30, learning_rate=3e-3, anchor_psi=0.0
     )
+    # Pairs are not to be learned by heart.
+    anchored = dataclasses.replace(anchored, weight_decay=0.2)
     train_reward(anchored, tmp_path / "run")
     reward = RewardModel.load(tmp_path / "run")
     generator = tiny_generator()
@@ -182,7 +186,7 @@ def test_too_few_slabs_for_its_components(config, tmp_path):
     seeds = np.arange(6).reshape(2, 3)
     write_preferences(config.preferences, PreferenceTable(seeds[0], seeds[1]))
     few = dataclasses.replace(config, split=(0.34, 0.33, 0.33), inversion_slabs=4)
-    with pytest.raises(PreferenceError, match=r"^6 slabs are too few to find 6 components of w: "):
+    with pytest.raises(PreferenceError, match=r"^6 slabs are too few to find 6 coordinates of w: "):
         train_reward(few, tmp_path / "run")
     enough = dataclasses.replace(few, inversion_slabs=5)
     assert train_reward(enough, tmp_path / "enough")["pairs"]["train"] == 1
@@ -192,16 +196,14 @@ def test_too_few_slabs_for_its_components(config, tmp_path):
 
 
 @only_inversion
-@pytest.mark.parametrize(
-    ("components", "units", "made"), [(6, 3, (6, 3)), (6, 10, (6, 6)), (48, 10, (16, 10))]
-)
-def test_the_size_of_an_inversion_network(config, components, units, made):
-    """No more components than w has numbers (16), no more units than components."""
-    config = dataclasses.replace(config, components=components, units=units)
-    network = new_network(config, tiny_generator(), 58)
+@pytest.mark.parametrize(("components", "made"), [(6, 6), (16, 16), (48, 16)])
+def test_the_size_of_an_inversion_network(config, components, made):
+    """No more components than w has numbers, which is 16."""
+    network = new_network(dataclasses.replace(config, components=components), tiny_generator(), 58)
     assert isinstance(network, InversionNetwork)
     assert network.shape == (8, 9, 9)
-    assert network.axes.shape == made
+    assert network.projection.shape == (made, 8, 9, 9)
+    assert network.score.weight.shape == (1, made)
 
 
 @only_conv
@@ -223,22 +225,37 @@ def test_first_weights_are_a_function_of_the_seed(config):
 
 
 @only_inversion
-def test_units_are_bent_by_the_training_pairs(config, tmp_path):
-    """Winners and losers as the table has them, over all slabs that the map was fitted on."""
+def test_the_map_is_fitted_on_every_slab_that_is_not_held_out(config, tmp_path):
+    """To coordinates of their w along the generator's axes, by hand."""
     trainer, _ = make_trainer(config, tmp_path / "volumes")
-    train, read = trainer.split.train, trainer.volumes.ranked
-    everything = [*train.seeds.tolist(), *trainer.volumes.unlabelled_seeds]
+    everything = [*trainer.split.train.seeds.tolist(), *trainer.volumes.unlabelled_seeds]
     assert len(everything) == 58
+    generator, settings = tiny_generator(), trainer.volumes.settings
+    w = ws_of_seeds(generator, everything, settings)[:, 0]
+    by_hand = InversionNetwork(trainer.network.shape, 6)
+    by_hand.fit(
+        [density_slab(generator, everything, settings)],
+        LatentAxes.of(generator, 6).coordinates(w),
+    )
+    for name, buffer in by_hand.named_buffers():
+        ours = dict(trainer.network.named_buffers())[name]
+        torch.testing.assert_close(ours, buffer, rtol=1e-3, atol=1e-4)
+        assert torch.equal(trainer.best_weights[name], ours)
+
+
+@only_inversion
+def test_a_generator_with_fewer_axes_than_components(config, tmp_path):
+    """Its w varies in 4 directions of 16."""
+    generator = load_generator(config.generator)
     with torch.no_grad():
-        found, winners, losers = (
-            trainer.network.find(read(seeds))
-            for seeds in (everything, train.winners.tolist(), train.losers.tolist())
-        )
-    by_hand = InversionNetwork(trainer.network.shape, 6, 3)
-    by_hand.bend(found, winners, losers)
-    torch.testing.assert_close(trainer.network.axes, by_hand.axes, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(trainer.network.floors, by_hand.floors, rtol=1e-3, atol=1e-4)
-    assert all(torch.equal(trainer.best_weights[k], v) for k, v in trainer.network.named_buffers())
+        generator.backbone.mapping.fc1.weight[4:] = 0
+    save_generator(generator, config.generator)
+    train_reward(config, tmp_path / "run")
+    network = RewardModel.load(tmp_path / "run").network
+    used = network.projection.flatten(1).any(dim=1)
+    assert used.tolist() == [True] * 4 + [False] * 2
+    assert network.explained > 0
+    assert (network.score.weight[0, 4:] == 0).all()
 
 
 @only_inversion
@@ -259,6 +276,55 @@ def test_a_rule_that_is_linear_in_w_is_learned(config, tmp_path):
     summary = train_reward(many, tmp_path / "run")
     assert summary["pairs"]["test"] >= 30
     assert summary["accuracy_interval"][0] > 0.6
+
+
+def test_the_loss_has_the_inversion_networks_weights_in_it(config, tmp_path):
+    """The sum of their absolute values; the conv network's loss is without it."""
+    losses, pair_losses = {}, set()
+    for sparsity in (0.0, 0.04, 1.0):
+        changed = dataclasses.replace(config, sparsity=sparsity)
+        trainer, _ = make_trainer(changed, tmp_path / "volumes")
+        with torch.no_grad():
+            weight = trainer.network.score.weight
+            weight.copy_(torch.linspace(-0.2, 0.3, weight.numel()).reshape(weight.shape))
+            sizes = weight.abs().sum().item()
+        figures = trainer._train_step()
+        losses[sparsity] = figures["loss"]
+        pair_losses.add(figures["pair_loss"])
+    assert len(pair_losses) == 1
+    assert sizes > 0.5
+    counts = 1 if config.network == "inversion" else 0
+    for sparsity in (0.04, 1.0):
+        assert losses[sparsity] - losses[0.0] == pytest.approx(counts * sparsity * sizes, abs=1e-5)
+
+
+@only_inversion
+def test_sparsity_leaves_out_what_pairs_do_not_speak_of(config, tmp_path):
+    """One coordinate decides, but for mistakes. The others fit these by chance, unless weights
+    cost something."""
+    plain = dataclasses.replace(config, mirror=False, anchors=0, weight_decay=0.0, batch=50)
+    drawn = np.random.default_rng(0)
+    left = drawn.integers(40, size=200)
+    right = (left + drawn.integers(1, 40, size=200)) % 40
+    mistakes = drawn.random(200) < 0.2
+    weights = {}
+    for sparsity in (0.0, 0.1):
+        sparse = dataclasses.replace(plain, sparsity=sparsity)
+        trainer, _ = make_trainer(sparse, tmp_path / "volumes")
+        slabs = trainer.volumes.ranked(range(40))
+        trainer.volumes.ranked = slabs.__getitem__  # from memory
+        with torch.no_grad():
+            found = trainer.network.find(slabs)[:, 2].numpy()
+        better = (found[left] > found[right]) != mistakes
+        pairs = PreferenceTable(np.where(better, left, right), np.where(better, right, left))
+        trainer.split = dataclasses.replace(trainer.split, train=pairs)
+        trainer.steps_per_epoch = 4
+        take_steps(trainer, 160)
+        weights[sparsity] = trainer.network.score.weight[0].detach()
+    relevant = torch.arange(6) == 2
+    assert weights[0.1][2] > 0.3
+    assert weights[0.1][~relevant].abs().max() < 0.03
+    assert weights[0.0][~relevant].abs().max() > 0.1
 
 
 @only_inversion
