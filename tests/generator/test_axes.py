@@ -176,6 +176,11 @@ def test_a_mapping_that_says_nothing(value):
         LatentAxes.of(constant, 4)
 
 
+def test_no_axes_are_refused():
+    with pytest.raises(ValueError, match="at least one axis is needed, not 0"):
+        LatentAxes.of(tiny_generator(), 0)
+
+
 # --- modes ---------------------------------------------------------------------------------------
 
 
