@@ -308,7 +308,7 @@ def test_one_sentence_each(monkeypatch, capsys, tmp_path, world):
             *("finetune", "--generator", "heads", "--reward", root / "reward"),
             *("--out", root / "tuned"),
         ),
-        "choose from mapping, synthesis, styles, early, late, decoder": (
+        "choose from steering, mapping, synthesis, styles, early, late, decoder": (
             *("finetune", "--generator", root / "generator", "--reward", root / "reward"),
             *("--train", "everything", *out),
         ),
