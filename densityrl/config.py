@@ -25,16 +25,21 @@ class RewardConfig:
     # inversion: linear in what of w a slab shows; conv: the paper's kind, from pairs alone
     network: Literal["inversion", "conv"] = "inversion"
     components: int = 56  # coordinates of w that the inversion network looks for
-    sparsity: float = 0.04  # of the sum of absolute weights of the inversion network's score
+    # Of the inversion network's score: times the sum of its absolute weights over the root of the
+    # number of training pairs, as the noise of their mean gradient falls.
+    sparsity: float = 0.4
     inversion_slabs: int = 1000  # without labels, that it is fitted on beside the ranked ones
     inversion_first_seed: int = 200_000
     widths: tuple[int, ...] = (16, 32, 48, 64)  # of the conv network; the paper's has 8 to 256
-    mirror: bool = True  # show each pair left-right mirrored half of the time
+    # Show each pair left-right mirrored half of the time; the inversion network has no coordinates
+    # for a mirrored head, which is none of the generator's.
+    mirror: bool = False
     epochs: int = 30
     patience: int = 8  # epochs without a better validation loss before stopping
     batch: int = 8  # pairs
     learning_rate: float = 1e-2  # 1e-3 suits the conv network; the paper's trains at 1e-5
-    weight_decay: float = 0.006  # of the square of weights, half of it; the paper has 1e-4
+    weight_decay: float = 0.0  # AdamW's; the paper has 1e-4
+    mistakes: float = 0.1  # share of wrong answers that the loss reckons with; the paper has none
     anchors: int = 0  # known-good samples always preferred over ranked ones; the paper has 1000
     anchor_first_seed: int = 100_000
     anchor_psi: float = 0.25
@@ -60,14 +65,14 @@ class FinetuneConfig:
     train: tuple[str, ...] = ("steering",)
     steering_axes: int = 56
     pull_rate: float = 0.08  # of the steering's numbers, a step
-    push_rate: float = 0.012
+    push_rate: float = 0.006
     reward_weight: float = 1.0
     # target: only rewards below a quantile of the frozen generator's are raised; clip: the paper's
     reward_shape: Literal["target", "clip"] = "target"
-    reward_target: float = 0.8  # that quantile, over target_seeds latents
+    reward_target: float = 0.9  # that quantile, over target_seeds latents
     target_seeds: int = 64
     reward_clip: float = 10.0
-    consistency_weight: float = 0.01
+    consistency_weight: float = 0.003
     consistency_kind: Literal["l1", "l2"] = "l1"
     consistency_resolution: int = 64  # points a side of the whole box
     appearance_weight: float = 10.0  # not in the paper, which keeps the GAN loss instead
@@ -86,15 +91,15 @@ class FinetuneConfig:
 # that need images: the GAN's own loss, whose place the appearance term takes here, is left out.
 REWARD_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "conv": {"network": "conv", "learning_rate": 1e-3, "weight_decay": 1e-4},
+    "conv": {"network": "conv", "mirror": True, "learning_rate": 1e-3, "weight_decay": 1e-4},
     "paper": {
         "network": "conv",
         "widths": (8, 16, 32, 64, 128, 256),
-        "mirror": False,
         "epochs": 10,
         "batch": 1,
         "learning_rate": 1e-5,
         "weight_decay": 1e-4,
+        "mistakes": 0.0,
         "anchors": 1000,
         "reward_size_weight": 1e-8,
     },
@@ -109,6 +114,7 @@ FINETUNE_PRESETS: dict[str, dict[str, Any]] = {
         "train": ("mapping", "synthesis", "decoder"),
         "reward_weight": 10.0,
         "reward_shape": "clip",
+        "consistency_weight": 0.01,
         "appearance_weight": 0.0,
     },
 }

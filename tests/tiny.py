@@ -63,7 +63,13 @@ NETWORKS = {
         "inversion_slabs": 30,
         "anchors": 6,
     },
-    "conv": {"network": "conv", "widths": (8, 8), "learning_rate": 1e-3, "anchors": 6},
+    "conv": {
+        "network": "conv",
+        "widths": (8, 8),
+        "learning_rate": 1e-3,
+        "anchors": 6,
+        "mirror": True,
+    },
 }
 
 

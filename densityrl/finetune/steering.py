@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from densityrl.generator import TriplaneGenerator
-from densityrl.generator.axes import LatentAxes
+from densityrl.generator.axes import SKEWED, LatentAxes
 from densityrl.generator.layers import ModulatedConv, ToImage
-
-SKEWED = 0.3  # axes of more skewness than this are pulled, the others pushed
 
 
 class Steering(nn.Module):

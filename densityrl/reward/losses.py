@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Mean of -log sigmoid(chosen - rejected): the negative log-likelihood of Bradley-Terry."""
-    return F.softplus(rejected - chosen).mean()
+def preference_loss(chosen: Tensor, rejected: Tensor, mistakes: float = 0.0) -> Tensor:
+    """Mean of -log P(chosen over rejected), the negative log-likelihood of `choice_probability`."""
+    margin = chosen - rejected
+    if mistakes == 0:
+        return F.softplus(-margin).mean()  # finite where a probability would round to 0
+    return -choice_probability(margin, mistakes).log().mean()
+
+
+def choice_probability(margin: Tensor, mistakes: float = 0.0) -> Tensor:
+    """P = mistakes + (1 - 2 mistakes) sigmoid(margin), of choosing what scores higher by `margin`.
+
+    Bradley-Terry by an annotator who in a share of answers, 0 to below 1/2, means the other side.
+    It bounds what one wrong answer can ask of a reward.
+    """
+    return mistakes + (1 - 2 * mistakes) * torch.sigmoid(margin)
 
 
 def reward_size_loss(*rewards: Tensor) -> Tensor:

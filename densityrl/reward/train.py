@@ -19,7 +19,7 @@ from densityrl.generator import TriplaneGenerator, load_generator
 from densityrl.generator.axes import LatentAxes
 from densityrl.preference import PreferenceTable, Split, read_preferences, split_preferences
 from densityrl.reward.inversion import InversionNetwork, check_size
-from densityrl.reward.losses import preference_loss, reward_size_loss
+from densityrl.reward.losses import choice_probability, preference_loss, reward_size_loss
 from densityrl.reward.model import RewardModel
 from densityrl.reward.network import ConvNetwork
 from densityrl.run import (
@@ -43,6 +43,8 @@ def train_reward(
     metrics.jsonl, config.json and the volumes. Held-out figures are of the test pairs, which took
     no part in training or in choosing when to stop.
     """
+    if not 0 <= config.mistakes < 0.5:
+        raise RunError(f"mistakes must be a share from 0 to below 0.5, not {config.mistakes}")
     generator = load_generator(config.generator, device)
     table = read_preferences(config.preferences, config.limit)
     split = split_preferences(table, config.split, config.seed)
@@ -70,7 +72,7 @@ def train_reward(
             "validation_loss": trainer.best_loss,
             "held_out": "test" if len(split.test) else "validation",
             **inversion_figures(model.network),
-            **held_out_figures(model, volumes, held_out),
+            **held_out_figures(model, volumes, held_out, config.mistakes),
         }
         model.save(
             run.path,
@@ -152,8 +154,7 @@ class RewardTrainer:
         self.generator = generator
         self.box_side = generator.box_side
         self.network = network
-        optimizer = torch.optim.Adam if config.network == "inversion" else torch.optim.AdamW
-        self.optimizer = optimizer(
+        self.optimizer = torch.optim.AdamW(
             self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay
         )
         self.steps_per_epoch = -(-len(split.train) // config.batch)
@@ -221,10 +222,11 @@ class RewardTrainer:
         self.network.train()
         rewards = self.network(torch.cat(volumes))
         winner, loser, *anchor = rewards.chunk(len(volumes))
-        pair_loss = preference_loss(winner, loser)
+        pair_loss = preference_loss(winner, loser, self.config.mistakes)
         loss = pair_loss + self.config.reward_size_weight * reward_size_loss(rewards)
         if isinstance(self.network, InversionNetwork):
-            loss = loss + self.config.sparsity * self.network.score.weight.abs().sum()
+            sparsity = self.config.sparsity / math.sqrt(len(train))
+            loss = loss + sparsity * self.network.score.weight.abs().sum()
         for known_good in anchor:
             both = preference_loss(known_good, winner) + preference_loss(known_good, loser)
             loss = loss + self.config.anchor_weight * both / 2
@@ -246,7 +248,7 @@ class RewardTrainer:
 
     def _validate(self) -> dict[str, float]:
         margins = pair_margins(self.network, self.volumes, self.split.validation)
-        loss = torch.nn.functional.softplus(-margins).mean().item()
+        loss = preference_loss(margins, torch.zeros_like(margins), self.config.mistakes).item()
         if loss < self.best_loss:
             self.best_loss = loss
             self.best_epoch = self.step // self.steps_per_epoch - 1
@@ -325,18 +327,21 @@ def pair_margins(
 
 
 def held_out_figures(
-    model: RewardModel, volumes: Volumes, pairs: PreferenceTable
+    model: RewardModel, volumes: Volumes, pairs: PreferenceTable, mistakes: float
 ) -> dict[str, Any]:
-    """Accuracy with its 95 % Wilson interval, loss, and calibration on held-out pairs."""
+    """Accuracy with its 95 % Wilson interval, loss, and calibration on held-out pairs.
+
+    Loss and calibration are of the answers, mistakes and all.
+    """
     if not len(pairs):
         raise PreferenceError("no held-out pairs to report accuracy on: change the split")
     margins = pair_margins(model.network, volumes, pairs).double()
     correct = int((margins > 0).sum())
     low, high = wilson_interval(correct, len(pairs))
-    probabilities = torch.sigmoid(margins).numpy()
+    probabilities = choice_probability(margins, mistakes).numpy()
     return {
         "accuracy": correct / len(pairs),
         "accuracy_interval": [low, high],
-        "loss": torch.nn.functional.softplus(-margins).mean().item(),
+        "loss": preference_loss(margins, torch.zeros_like(margins), mistakes).item(),
         "calibration": asdict(calibration(probabilities, np.ones(len(pairs)))),
     }

@@ -79,7 +79,12 @@ def weighted(reward, *, shape="target", target=0.0, scale=1.0, **values):
 
 def test_clipped_loss_by_hand():
     config = FinetuneConfig(
-        generator="", reward="", reward_shape="clip", appearance_weight=2.0, reward_weight=10.0
+        generator="",
+        reward="",
+        reward_shape="clip",
+        consistency_weight=0.01,
+        appearance_weight=2.0,
+        reward_weight=10.0,
     )
     terms = Terms(torch.tensor([3.0, 25.0, -11.0]), torch.tensor([1.0, 2, 3]), torch.ones(3))
     # -10 * clip(r) + 0.01 * consistency + 2 * appearance

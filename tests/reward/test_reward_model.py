@@ -9,7 +9,7 @@ from tiny import tiny_generator, tiny_reward
 
 from densityrl.errors import CheckpointError
 from densityrl.reward import ConvNetwork, RewardModel
-from densityrl.reward.losses import preference_loss, reward_size_loss
+from densityrl.reward.losses import choice_probability, preference_loss, reward_size_loss
 from densityrl.volume import SlabSettings, density_slab, normalize_slab, slab_of_planes
 
 SETTINGS = SlabSettings(resolution=16, truncation_psi=0.7)
@@ -61,6 +61,26 @@ def test_losses_by_hand():
     assert reward_size_loss(chosen, rejected).item() == pytest.approx((1 + 0 + 0 + 4) / 4)
     far = preference_loss(torch.tensor([-1e4]), torch.tensor([1e4]))
     assert far.item() == pytest.approx(2e4)
+
+
+def test_losses_with_mistakes_by_hand():
+    chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    chances = [0.2 + 0.6 / (1 + math.exp(-margin)) for margin in (1, -2)]
+    torch.testing.assert_close(choice_probability(chosen - rejected, 0.2), torch.tensor(chances))
+    by_hand = -(math.log(chances[0]) + math.log(chances[1])) / 2
+    assert preference_loss(chosen, rejected, 0.2).item() == pytest.approx(by_hand)
+
+
+def test_a_wrong_answer_asks_only_so_much_where_mistakes_are_reckoned_with():
+    """Without, the pull of a pair grows to 1 with how wrong it looks; with, it falls again."""
+    pulls = {}
+    for mistakes in (0.0, 0.1):
+        margins = torch.tensor([-1.0, -10.0], requires_grad=True)
+        for margin in margins:
+            preference_loss(margin, torch.zeros(()), mistakes).backward()
+        pulls[mistakes] = (-margins.grad).tolist()
+    assert pulls[0.0] == pytest.approx([0.7311, 0.99995], abs=1e-4)
+    assert pulls[0.1][1] < 0.001 < 0.4 < pulls[0.1][0]
 
 
 def test_scores_of_planes_and_slabs_agree():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -96,8 +97,10 @@ def test_reported_accuracy_is_that_of_the_saved_reward(config, tmp_path):
     ]
     margins = scores[0] - scores[1]
     assert summary["accuracy"] == pytest.approx((margins > 0).float().mean().item())
-    loss = torch.nn.functional.softplus(-margins).mean().item()
-    assert summary["loss"] == pytest.approx(loss, abs=1e-4)
+    chances = 0.1 + 0.8 / (1 + np.exp(-margins.double().numpy()))  # one answer in ten is wrong
+    assert summary["loss"] == pytest.approx(-np.log(chances).mean(), abs=1e-4)
+    brier = ((1 - chances) ** 2).mean()
+    assert summary["calibration"]["brier"] == pytest.approx(brier, abs=1e-4)
 
 
 def test_no_signal_stops_early_and_keeps_the_best(config, tmp_path):
@@ -279,7 +282,8 @@ def test_a_rule_that_is_linear_in_w_is_learned(config, tmp_path):
 
 
 def test_the_loss_has_the_inversion_networks_weights_in_it(config, tmp_path):
-    """The sum of their absolute values; the conv network's loss is without it."""
+    """The sum of their absolute values over the root of 14 pairs; the conv network's loss is
+    without it."""
     losses, pair_losses = {}, set()
     for sparsity in (0.0, 0.04, 1.0):
         changed = dataclasses.replace(config, sparsity=sparsity)
@@ -295,20 +299,21 @@ def test_the_loss_has_the_inversion_networks_weights_in_it(config, tmp_path):
     assert sizes > 0.5
     counts = 1 if config.network == "inversion" else 0
     for sparsity in (0.04, 1.0):
-        assert losses[sparsity] - losses[0.0] == pytest.approx(counts * sparsity * sizes, abs=1e-5)
+        cost = counts * sparsity * sizes / 14**0.5
+        assert losses[sparsity] - losses[0.0] == pytest.approx(cost, abs=1e-5)
 
 
 @only_inversion
 def test_sparsity_leaves_out_what_pairs_do_not_speak_of(config, tmp_path):
     """One coordinate decides, but for mistakes. The others fit these by chance, unless weights
     cost something."""
-    plain = dataclasses.replace(config, mirror=False, anchors=0, weight_decay=0.0, batch=50)
+    plain = dataclasses.replace(config, anchors=0, batch=50)
     drawn = np.random.default_rng(0)
     left = drawn.integers(40, size=200)
     right = (left + drawn.integers(1, 40, size=200)) % 40
     mistakes = drawn.random(200) < 0.2
     weights = {}
-    for sparsity in (0.0, 0.1):
+    for sparsity in (0.0, 1.4):
         sparse = dataclasses.replace(plain, sparsity=sparsity)
         trainer, _ = make_trainer(sparse, tmp_path / "volumes")
         slabs = trainer.volumes.ranked(range(40))
@@ -322,9 +327,32 @@ def test_sparsity_leaves_out_what_pairs_do_not_speak_of(config, tmp_path):
         take_steps(trainer, 160)
         weights[sparsity] = trainer.network.score.weight[0].detach()
     relevant = torch.arange(6) == 2
-    assert weights[0.1][2] > 0.3
-    assert weights[0.1][~relevant].abs().max() < 0.03
+    assert weights[1.4][2] > 0.3
+    assert weights[1.4][~relevant].abs().max() < 0.03
     assert weights[0.0][~relevant].abs().max() > 0.1
+
+
+def test_mistakes_are_reckoned_with(config, tmp_path):
+    """The loss at the start is log 2 for any share; after that the training goes its own way."""
+    learned = {}
+    for mistakes in (0.0, 0.1, 0.3):
+        trainer, _ = make_trainer(
+            dataclasses.replace(config, mistakes=mistakes, sparsity=0.0), tmp_path / "volumes"
+        )
+        with torch.no_grad():
+            trainer.network.score.weight.zero_()
+        assert trainer._train_step()["pair_loss"] == pytest.approx(math.log(2), abs=1e-5)
+        trainer.step += 1
+        take_steps(trainer, 7)
+        learned[mistakes] = trainer.network.score.weight.norm().item()
+    assert len(set(learned.values())) == 3
+
+
+@pytest.mark.parametrize("mistakes", [-0.1, 0.5, 1.0, float("nan")])
+def test_a_share_of_mistakes_that_says_nothing(config, tmp_path, mistakes):
+    with pytest.raises(RunError, match=r"mistakes must be a share from 0 to below 0.5, not"):
+        train_reward(dataclasses.replace(config, mistakes=mistakes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @only_inversion
