@@ -24,7 +24,7 @@ class RewardConfig:
     split: tuple[float, float, float] = (0.70, 0.15, 0.15)  # training, validation, test
     # inversion: linear in what of w a slab shows; conv: the paper's kind, from pairs alone
     network: Literal["inversion", "conv"] = "inversion"
-    components: int = 56  # coordinates of w that the inversion network looks for
+    components: int = 60  # coordinates of w that the inversion network looks for
     # Of the inversion network's score: times the sum of its absolute weights over the root of the
     # number of training pairs, as the noise of their mean gradient falls.
     sparsity: float = 0.4
@@ -63,7 +63,7 @@ class FinetuneConfig:
     equal_rates: bool = True
     # Groups of parameters that move; steering: along axes of w, folded into the weights at the end.
     train: tuple[str, ...] = ("steering",)
-    steering_axes: int = 56
+    steering_axes: int = 60
     pull_rate: float = 0.08  # of the steering's numbers, a step
     push_rate: float = 0.006
     reward_weight: float = 1.0
