@@ -164,6 +164,9 @@ def reward_train(
     mirror: Annotated[
         bool, typer.Option(help="Show pairs left-right mirrored half of the time.")
     ] = _default(RewardConfig, "mirror"),
+    mistakes: Annotated[
+        float, typer.Option(min=0, help="Share of wrong answers to reckon with, below 0.5.")
+    ] = _default(RewardConfig, "mistakes"),
     epochs: Annotated[int, typer.Option(min=1)] = _default(RewardConfig, "epochs"),
     patience: Annotated[
         int, typer.Option(min=1, help="Epochs without improvement before stopping.")
@@ -192,6 +195,7 @@ def reward_train(
         "slab": slab,
         "truncation_psi": truncation_psi,
         "mirror": mirror,
+        "mistakes": mistakes,
         "epochs": epochs,
         "patience": patience,
         "batch": batch,

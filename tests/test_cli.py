@@ -217,7 +217,8 @@ def test_a_preset_sets_what_is_not_given(configuration, command, preset):
     [
         ("reward-train", ("--batch", 3), {"batch": 3}),
         # Values that are the defaults without a preset count too.
-        ("reward-train", ("--mirror",), {"mirror": True}),
+        ("reward-train", ("--no-mirror",), {"mirror": False}),
+        ("reward-train", ("--mistakes", 0.1), {"mistakes": 0.1}),
         ("reward-train", ("--learning-rate", 0.01), {"learning_rate": 0.01}),
         ("reward-train", ("--resolution", 32), {"resolution": 32}),
         ("reward-train", ("--inversion-slabs", 1000), {"inversion_slabs": 1000}),
@@ -243,9 +244,10 @@ def test_presets_name_fields(command):
 
 
 def test_options_reach_the_configuration(configuration):
-    config = configuration("reward-train", "--no-mirror", "--volumes", "v", "--anchors", 5)
-    assert (config.mirror, config.volumes, config.anchors) == (False, "v", 5)
+    config = configuration("reward-train", "--mirror", "--volumes", "v", "--anchors", 5)
+    assert (config.mirror, config.volumes, config.anchors) == (True, "v", 5)
     assert configuration("reward-train", "--inversion-slabs", 0).inversion_slabs == 0
+    assert configuration("reward-train", "--mistakes", 0.2).mistakes == 0.2
     config = configuration("finetune", "--reward-shape", "clip", "--reward-target", 0.5)
     assert (config.reward_shape, config.reward_target) == ("clip", 0.5)
     assert configuration("finetune", "--train", "styles,late").train == ("styles", "late")
