@@ -373,7 +373,7 @@ def main() -> None:
     parser.add_argument("--finetune", nargs="*", default=[], metavar="NAME=VALUE", type=_override)
     parser.add_argument("--judged", type=int, default=200, help="unseen seeds to judge on")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
-    parser.add_argument("--save", action="store_true", help="keep lines and figure in the results")
+    parser.add_argument("--save", action="store_true", help="add lines to the results, draw all")
     args = parser.parse_args()
 
     cells = [
@@ -415,9 +415,10 @@ def main() -> None:
     rows = [json.loads(heads.result(cell).read_text()) for cell in cells]
     print(table_of(rows))
     if args.save:
-        with (RESULTS / "sculpt.jsonl").open("a") as file:
+        with (RESULTS / "sculpt.jsonl").open("a+") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        figure_of(rows, RESULTS / "sculpt.png")
+            file.seek(0)
+            figure_of([json.loads(line) for line in file], RESULTS / "sculpt.png")
 
 
 if __name__ == "__main__":
