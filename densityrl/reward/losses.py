@@ -8,8 +8,12 @@ from torch import Tensor
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor, mistakes: float = 0.0) -> Tensor:
-    """Mean of -log P(chosen over rejected), the negative log-likelihood of `choice_probability`."""
-    margin = chosen - rejected
+    """`margin_loss` of what is chosen over what is rejected."""
+    return margin_loss(chosen - rejected, mistakes)
+
+
+def margin_loss(margin: Tensor, mistakes: float = 0.0) -> Tensor:
+    """Mean of -log P, the negative log-likelihood of choices by `choice_probability`."""
     if mistakes == 0:
         return F.softplus(-margin).mean()  # finite where a probability would round to 0
     return -choice_probability(margin, mistakes).log().mean()

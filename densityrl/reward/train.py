@@ -19,7 +19,12 @@ from densityrl.generator import TriplaneGenerator, load_generator
 from densityrl.generator.axes import LatentAxes
 from densityrl.preference import PreferenceTable, Split, read_preferences, split_preferences
 from densityrl.reward.inversion import InversionNetwork, check_size
-from densityrl.reward.losses import choice_probability, preference_loss, reward_size_loss
+from densityrl.reward.losses import (
+    choice_probability,
+    margin_loss,
+    preference_loss,
+    reward_size_loss,
+)
 from densityrl.reward.model import RewardModel
 from densityrl.reward.network import ConvNetwork
 from densityrl.run import (
@@ -248,7 +253,7 @@ class RewardTrainer:
 
     def _validate(self) -> dict[str, float]:
         margins = pair_margins(self.network, self.volumes, self.split.validation)
-        loss = preference_loss(margins, torch.zeros_like(margins), self.config.mistakes).item()
+        loss = margin_loss(margins, self.config.mistakes).item()
         if loss < self.best_loss:
             self.best_loss = loss
             self.best_epoch = self.step // self.steps_per_epoch - 1
@@ -342,6 +347,6 @@ def held_out_figures(
     return {
         "accuracy": correct / len(pairs),
         "accuracy_interval": [low, high],
-        "loss": preference_loss(margins, torch.zeros_like(margins), mistakes).item(),
+        "loss": margin_loss(margins, mistakes).item(),
         "calibration": asdict(calibration(probabilities, np.ones(len(pairs)))),
     }

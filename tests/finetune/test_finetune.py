@@ -77,15 +77,19 @@ def weighted(reward, *, shape="target", target=0.0, scale=1.0, **values):
     )
 
 
-def test_clipped_loss_by_hand():
-    config = FinetuneConfig(
+def by_hand_config(shape, reward_weight):
+    return FinetuneConfig(
         generator="",
         reward="",
-        reward_shape="clip",
+        reward_shape=shape,
+        reward_weight=reward_weight,
         consistency_weight=0.01,
         appearance_weight=2.0,
-        reward_weight=10.0,
     )
+
+
+def test_clipped_loss_by_hand():
+    config = by_hand_config("clip", 10.0)
     terms = Terms(torch.tensor([3.0, 25.0, -11.0]), torch.tensor([1.0, 2, 3]), torch.ones(3))
     # -10 * clip(r) + 0.01 * consistency + 2 * appearance
     by_hand = [-30 + 0.01 + 2, -100 + 0.02 + 2, 100 + 0.03 + 2]
@@ -95,14 +99,7 @@ def test_clipped_loss_by_hand():
 
 
 def test_loss_to_a_target_by_hand():
-    config = FinetuneConfig(
-        generator="",
-        reward="",
-        reward_shape="target",
-        reward_weight=4.0,
-        consistency_weight=0.01,
-        appearance_weight=2.0,
-    )
+    config = by_hand_config("target", 4.0)
     terms = Terms(torch.tensor([1.5, -2.5, 25.0]), torch.tensor([1.0, 2, 3]), torch.ones(3))
     # 4 * max((1.5 - r) / 2, 0)^2 + 0.01 * consistency + 2 * appearance; no clip
     missing = [0, 4, 0]

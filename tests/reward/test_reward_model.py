@@ -9,7 +9,12 @@ from tiny import tiny_generator, tiny_reward
 
 from densityrl.errors import CheckpointError
 from densityrl.reward import ConvNetwork, RewardModel
-from densityrl.reward.losses import choice_probability, preference_loss, reward_size_loss
+from densityrl.reward.losses import (
+    choice_probability,
+    margin_loss,
+    preference_loss,
+    reward_size_loss,
+)
 from densityrl.volume import SlabSettings, density_slab, normalize_slab, slab_of_planes
 
 SETTINGS = SlabSettings(resolution=16, truncation_psi=0.7)
@@ -77,7 +82,7 @@ def test_a_wrong_answer_asks_only_so_much_where_mistakes_are_reckoned_with():
     for mistakes in (0.0, 0.1):
         margins = torch.tensor([-1.0, -10.0], requires_grad=True)
         for margin in margins:
-            preference_loss(margin, torch.zeros(()), mistakes).backward()
+            margin_loss(margin, mistakes).backward()
         pulls[mistakes] = (-margins.grad).tolist()
     assert pulls[0.0] == pytest.approx([0.7311, 0.99995], abs=1e-4)
     assert pulls[0.1][1] < 0.001 < 0.4 < pulls[0.1][0]
