@@ -25,6 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+preferences_app = typer.Typer(
+    help="What annotators chose: figures, and tables in and out.", no_args_is_help=True
+)
+app.add_typer(preferences_app, name="preferences")
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -80,6 +84,15 @@ def _known_shape(value: str) -> str:
     return value
 
 
+def _level_or_auto(value: str) -> float | None:
+    if value == "auto":
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise typer.BadParameter(f"give a raw density or auto, not {value!r}") from None
+
+
 GeneratorOption = Annotated[
     str, typer.Option(help="A bundled generator (heads), an EG3D .pkl, or a directory.")
 ]
@@ -93,6 +106,7 @@ SlabOption = Annotated[
     Any, typer.Option(help="face (the paper's crop) or full.", parser=_known_slab, metavar="TEXT")
 ]
 LevelOption = Annotated[float, typer.Option(help="Raw density of the surface.")]
+StoreOption = Annotated[Path, typer.Option("--db", help="File that annotate writes (SQLite).")]
 
 
 def _default(config: type, name: str) -> Any:
@@ -143,10 +157,171 @@ def sample(
 
 
 @app.command()
+def annotate(
+    generator: GeneratorOption,
+    database: Annotated[
+        Path, typer.Option("--db", help="File of choices (SQLite), made or gone on with.")
+    ],
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs that an annotator is given.")] = 200,
+    repeats: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Further ones, as a share: shown again, sides swapped."),
+    ] = 0.1,
+    anchors: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share that compares with a known-good sample (psi 0.25)."),
+    ] = 0.0,
+    reward: Annotated[
+        Path | None, typer.Option(help="Reward that chooses the pairs it is least sure about.")
+    ] = None,
+    uncertain: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of pairs that --reward chooses.")
+    ] = 0.5,
+    annotator: Annotated[str, typer.Option(help="Name that the page proposes.")] = "",
+    first_seed: Annotated[int, typer.Option(min=0, help="Of the samples shown.")] = 10_000,
+    truncation_psi: float = 1.0,
+    resolution: Annotated[int, typer.Option(min=8, help="Points a side of the whole box.")] = 128,
+    slab: SlabOption = "face",
+    level: Annotated[
+        Any,
+        typer.Option(
+            help="Raw density of the surface; auto takes it from the histogram.",
+            parser=_level_or_auto,
+            metavar="FLOAT|auto",
+        ),
+    ] = "10",
+    triangles: Annotated[
+        int, typer.Option(min=1000, help="Of a surface at most; finer ones are simplified.")
+    ] = 200_000,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of surfaces; by default beside --db.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    i_know: Annotated[
+        bool,
+        typer.Option("--i-know", help="Let other machines in, by --host: who has the URL, has it."),
+    ] = False,
+    browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
+    device: DeviceOption = "cpu",
+) -> None:
+    """The local page on which people compare shapes; needs densityrl[annotate]."""
+    try:
+        from densityrl.annotation.server import is_loopback, serve
+    except ModuleNotFoundError as error:
+        raise DensityRLError(
+            f"the annotation page needs {error.name}: pip install 'densityrl[annotate]'"
+        ) from None
+    from densityrl.annotation.meshes import MeshSettings
+    from densityrl.annotation.preparer import AnnotationSettings
+
+    if not is_loopback(host) and not i_know:
+        raise typer.BadParameter(
+            f"--host {host} lets other machines reach the page, unencrypted; add --i-know if "
+            "that is meant, or use an SSH tunnel"
+        )
+    settings = AnnotationSettings(
+        generator=generator,
+        pairs=pairs,
+        repeats=repeats,
+        anchors=anchors,
+        reward=None if reward is None else str(reward),
+        uncertain=uncertain,
+        first_seed=first_seed,
+        truncation_psi=truncation_psi,
+        mesh=MeshSettings(resolution=resolution, slab=slab, triangles=triangles),
+        level=level,
+        device=device,
+    )
+
+    def ready(address: str, shown_level: float, suggested: float, saved: int) -> None:
+        print(
+            f"surfaces at the raw density {shown_level:.4g}; the histogram suggests "
+            f"{suggested:.4g} (--level auto)"
+        )
+        print(f"{saved} choices in {database}; each is saved before the next pair appears")
+        print(f"open {address} (Ctrl-C ends)", flush=True)
+        if browser:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    serve(
+        settings,
+        database,
+        host=host,
+        port=port,
+        cache=cache,
+        suggested_name=annotator,
+        on_ready=ready,
+    )
+
+
+@preferences_app.command()
+def stats(
+    database: StoreOption,
+    as_json: Annotated[bool, typer.Option("--json", help="Figures for programs.")] = False,
+) -> None:
+    """How many pairs, how fast, and how far annotators agree, with each other and themselves."""
+    import json
+
+    from densityrl.preference.agreement import agreement, describe_agreement
+    from densityrl.preference.store import PreferenceStore
+
+    with PreferenceStore(database) as store:
+        figures = agreement(store)
+    print(json.dumps(figures, indent=2) if as_json else describe_agreement(figures))
+
+
+@preferences_app.command("export")
+def export_preferences(
+    database: StoreOption,
+    out: Annotated[Path, typer.Option(help="CSV to write.")],
+    log: Annotated[
+        bool, typer.Option("--log", help="Every choice as it was made, and not the decided pairs.")
+    ] = False,
+) -> None:
+    """Decided pairs as reward-train reads them, or every choice, to a CSV."""
+    from densityrl.preference.store import PreferenceStore, write_choices, write_decisions
+
+    with PreferenceStore(database) as store:
+        count = (write_choices if log else write_decisions)(out, store)
+    print(f"{count} {'choices' if log else 'decided pairs'} in {out}")
+
+
+@preferences_app.command("import")
+def import_preferences(
+    database: StoreOption,
+    preferences: Annotated[
+        Path, typer.Option(help="CSV with winner,loser, or rank1,rank2,...: seeds, better first.")
+    ],
+    annotator: Annotated[
+        str, typer.Option(help="Of pairs for which the CSV names nobody.")
+    ] = "imported",
+    truncation_psi: Annotated[
+        float, typer.Option(help="Truncation the ranked samples were made with.")
+    ] = 1.0,
+) -> None:
+    """Pairs of a CSV into a file of choices, which is made if need be."""
+    from densityrl.preference import read_preferences
+    from densityrl.preference.store import PreferenceStore
+
+    table = read_preferences(preferences)
+    with PreferenceStore(database, create=True) as store:
+        store.describe({"truncation_psi": truncation_psi})
+        added = store.add_table(table, annotator, truncation_psi)
+    print(f"{added} pairs added to {database}; {len(table) - added} were there already")
+
+
+@app.command()
 def reward_train(
     generator: GeneratorOption,
     preferences: Annotated[
-        Path, typer.Option(help="CSV with winner,loser, or rank1,rank2,...: seeds, better first.")
+        Path,
+        typer.Option(
+            help="CSV with winner,loser, or rank1,rank2,...: seeds, better first; or the file that "
+            "annotate writes."
+        ),
     ],
     out: OutOption,
     preset: Annotated[str, _preset_option(REWARD_PRESETS)] = "default",

@@ -1,6 +1,7 @@
-"""How sure a win rate is, and how far a predicted preference can be believed."""
+"""How sure a win rate is, how far a prediction can be believed, and whether people agree."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,3 +98,46 @@ def calibration(
         brier=float(((p - outcome) ** 2).mean()),
         bins=tuple(rows),
     )
+
+
+def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
+    """Agreement of two raters beyond chance (J. Cohen, Educ. Psychol. Meas. 20, 1960, p. 37).
+
+        kappa = (p_observed - p_chance) / (1 - p_chance),    p_chance = sum_k p_a(k) p_b(k)
+
+    a, b: labels of the same items, in one order. 1 for full agreement, 0 for chance, negative
+    below it; NaN for no items, or where both gave one same label throughout. Raises ValueError
+    for lists of two lengths.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"need labels of the same items, not {len(a)} and {len(b)}")
+    n = len(a)
+    of_a, of_b = Counter(a), Counter(b)
+    agreed = sum(x == y for x, y in zip(a, b, strict=True))
+    by_chance = sum(count * of_b[label] for label, count in of_a.items())
+    if by_chance == n * n:  # also for n = 0
+        return float("nan")
+    return (agreed / n - by_chance / n**2) / (1 - by_chance / n**2)
+
+
+def krippendorff_alpha(units: Sequence[Sequence[Hashable]]) -> float:
+    """Agreement of any number of raters beyond chance, for labels without an order.
+
+        alpha = 1 - D_observed / D_expected
+        D_observed = 1/n sum_u sum_{c != k} n_uc n_uk / (m_u - 1)
+        D_expected = 1/(n (n - 1)) sum_{c != k} n_c n_k
+
+    over the m_u labels of each unit u that has two or more, n in all (K. Krippendorff, Content
+    Analysis, 2004, p. 221). units: of each item its labels, from whoever rated it. 1 for full
+    agreement, 0 for chance; NaN where there is nothing to compare, or one same label throughout.
+    """
+    rated = [Counter(labels) for labels in units if len(labels) > 1]
+    of_label: Counter[Hashable] = Counter()
+    observed = 0.0
+    for counts in rated:
+        of_label.update(counts)
+        m = counts.total()
+        observed += (m**2 - sum(count**2 for count in counts.values())) / (m - 1)
+    n = of_label.total()
+    expected = n**2 - sum(count**2 for count in of_label.values())
+    return 1 - (n - 1) * observed / expected if expected else float("nan")

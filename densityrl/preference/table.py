@@ -64,9 +64,11 @@ class Split:
 
 
 def read_preferences(path: Path | str, limit: int | None = None) -> PreferenceTable:
-    """Read and check a CSV table; keep its first `limit` pairs.
+    """Read and check a CSV table, or a store of annotators' choices; keep the first `limit` pairs.
 
-    The header names `winner` and `loser`, or `rank1`, `rank2`, ... `rankN` (best first: a row
+    Of a store (SQLite) these are its decisions, see `PreferenceStore.decisions`.
+
+    A CSV's header names `winner` and `loser`, or `rank1`, `rank2`, ... `rankN` (best first: a row
     means all its N (N - 1) / 2 ordered pairs, and may leave its last ranks empty). An `annotator`
     column is kept, other columns are ignored, blank rows skipped. The whole file is checked
     whatever the limit. An annotator who ranks a pair twice is an error, in either order; two
@@ -77,6 +79,11 @@ def read_preferences(path: Path | str, limit: int | None = None) -> PreferenceTa
     path = Path(path)
     if limit is not None and limit < 1:
         raise PreferenceError(f"a limit of {limit} keeps no preferences; give 1 or more")
+    from densityrl.preference.store import PreferenceStore, is_store  # which needs this module
+
+    if is_store(path):
+        with PreferenceStore(path) as store:
+            return store.table(limit)
     rows = _read_rows(path)
     if not rows:
         raise PreferenceError(f"{path} is empty; expected a header and pairs of seeds")

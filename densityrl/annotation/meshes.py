@@ -1,0 +1,272 @@
+"""Samples to the surfaces that an annotator sees, made in a process of their own.
+
+The server stays free of torch and answers while a surface is being made.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from densityrl.errors import DensityRLError
+from densityrl.preference.store import Sample
+
+if TYPE_CHECKING:
+    from densityrl.generator import TriplaneGenerator
+    from densityrl.reward import RewardModel
+    from densityrl.volume import SlabSettings
+    from triplane_kernels import Grid
+
+LEVEL_SAMPLES = 4  # whose histogram suggests a level
+OPACITY_LENGTH = 1 / 128  # of the box's side, over which opacity is counted
+
+
+class NoSurfaceError(DensityRLError):
+    """The density of a sample crosses the level nowhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """What of a sample is shown."""
+
+    resolution: int = 128  # points a side of the whole box
+    slab: Literal["face", "full"] = "face"
+    level: float = 10.0  # raw density of the surface, as the paper has it
+    triangles: int = 200_000  # at most; a finer surface is simplified
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What the process that makes surfaces found when it started."""
+
+    fingerprint: str  # of the generator
+    settings: MeshSettings
+    suggested_level: float
+    lo: tuple[float, float, float]  # of the box that is shown, world units
+    hi: tuple[float, float, float]
+
+
+def suggest_level(sigma: np.ndarray, box_side: float) -> float:
+    """A raw density that parts what is opaque from what is clear, for volumes of any shape.
+
+    Otsu's threshold (IEEE Trans. SMC 9, 1979, p. 62) of the histogram of opacities over a length
+    d, 1/128 of the box's side, taken back to a density: opacity = 1 - exp(-softplus(sigma - 1) d),
+    as light is attenuated in EG3D (arXiv:2112.07945). Raw densities themselves have no histogram
+    of two humps where they grow without bound on either side. ValueError for a constant volume.
+    """
+    from skimage.filters import threshold_otsu
+
+    length = OPACITY_LENGTH * box_side
+    density = np.logaddexp(0, sigma.astype(np.float64) - 1)
+    opacity = 1 - np.exp(-density * length)
+    if np.ptp(opacity) == 0:
+        raise ValueError("the density is the same everywhere, so no level parts it")
+    density_there = -np.log1p(-float(threshold_otsu(opacity))) / length
+    # The inverse of softplus, for a density that may be large.
+    return float(1 + density_there + np.log(-np.expm1(-density_there)))
+
+
+class MeshMaker:
+    """Surfaces and scores of one generator's samples."""
+
+    def __init__(self, generator: TriplaneGenerator, settings: MeshSettings) -> None:
+        self.generator = generator
+        self.settings = settings
+
+    def slab(self, psi: float) -> SlabSettings:
+        from densityrl.volume import SlabSettings
+
+        settings = self.settings
+        return SlabSettings(resolution=settings.resolution, slab=settings.slab, truncation_psi=psi)
+
+    def glb(self, sample: Sample) -> bytes:
+        """The surface of a sample as binary glTF: positions, normals, colours, triangles.
+
+        Colours are the first three features of the decoder, what the generator renders before
+        any super-resolution, at the vertices. NoSurfaceError where the level is crossed nowhere.
+        """
+        import torch
+
+        from densityrl.volume import planes_of_seeds, slab_of_planes
+
+        slab = self.slab(sample.psi)
+        grid = slab.grid(self.generator.box_side)
+        with torch.no_grad():
+            planes = planes_of_seeds(self.generator, [sample.seed], slab)
+            sigma = slab_of_planes(self.generator, planes, slab)[0].cpu().numpy()
+            surface = self._surface(sigma, grid)
+            colors = self._colors(planes, surface[0])
+        return _glb(*surface, _normals(sigma, grid, surface[0]), colors)
+
+    def _surface(self, sigma: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+        from densityrl.export import extract_surface
+
+        level, most = self.settings.level, self.settings.triangles
+        surface = extract_surface(sigma, grid, level)
+        if surface is None:
+            raise NoSurfaceError(f"this sample has no surface at the raw density {level:g}")
+        vertices, faces = surface
+        if len(faces) > most:
+            import fast_simplification
+
+            vertices, faces = fast_simplification.simplify(
+                np.ascontiguousarray(vertices, dtype=np.float32),
+                np.ascontiguousarray(faces),
+                target_count=most,
+            )
+        return vertices, faces
+
+    def _colors(self, planes: Any, vertices: np.ndarray) -> np.ndarray | None:
+        """[V, 3] uint8 sRGB; None for a decoder of fewer than three features."""
+        import torch
+
+        from densityrl.generator.render import eg3d_color
+        from triplane_kernels import radiance
+
+        points = torch.from_numpy(np.ascontiguousarray(vertices, dtype=np.float32)).to(planes)
+        _, raw = radiance(planes, self.generator.decoder, points[None], self.generator.layout)
+        if raw.shape[-1] < 3:
+            return None
+        colors = eg3d_color(raw[0, :, :3].float()).clamp(0, 1)
+        return (colors * 255).round().byte().cpu().numpy()
+
+    def suggested_level(self, seeds: Sequence[int], psi: float) -> float:
+        """`suggest_level` of the volumes of these seeds taken together."""
+        from densityrl.volume import density_slab
+
+        volumes = density_slab(self.generator, seeds, self.slab(psi))
+        return suggest_level(volumes.cpu().numpy(), self.generator.box_side)
+
+    def scores(self, reward: RewardModel, samples: Sequence[Sample]) -> list[float]:
+        """The reward of each sample, on the slab that the reward was trained on."""
+        from dataclasses import replace
+
+        from densityrl.volume import density_slab
+
+        values = []
+        for sample in samples:
+            settings = replace(reward.settings, truncation_psi=sample.psi)
+            slab = density_slab(self.generator, [sample.seed], settings)
+            values.append(float(reward.score_slab(slab)[0]))
+        return values
+
+
+def _normals(sigma: np.ndarray, grid: Grid, vertices: np.ndarray) -> np.ndarray:
+    """[V, 3] unit normals out of what is dense: the volume's slope, not the triangles'.
+
+    A simplified surface is then shaded as smoothly as the one it was made from.
+    """
+    from scipy.ndimage import map_coordinates
+
+    spacing = np.array(grid.spacing)
+    at = ((vertices - np.array(grid.lo)) / spacing).T
+    normals = np.empty(vertices.shape, dtype=np.float32)
+    for axis in range(3):
+        step = np.zeros((3, 1))
+        step[axis] = 1
+        ahead = map_coordinates(sigma, at + step, order=1, mode="nearest")
+        behind = map_coordinates(sigma, at - step, order=1, mode="nearest")
+        normals[:, axis] = (behind - ahead) / spacing[axis]
+    return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+
+
+def _glb(
+    vertices: np.ndarray, faces: np.ndarray, normals: np.ndarray, colors: np.ndarray | None
+) -> bytes:
+    import trimesh
+
+    mesh = trimesh.Trimesh(
+        vertices, faces, vertex_normals=normals, vertex_colors=colors, process=False
+    )
+    data = mesh.export(file_type="glb", include_normals=True)
+    assert isinstance(data, bytes)
+    return data
+
+
+# --- in the process that makes surfaces ----------------------------------------------------------
+
+_maker: MeshMaker | None = None
+_reward: tuple[tuple[str, int], RewardModel] | None = None  # with its directory and its time
+
+
+def open_generator(
+    name: str,
+    device: str,
+    settings: MeshSettings,
+    level: float | None,
+    seeds: Sequence[int],
+    psi: float,
+) -> Opened:
+    """Load the generator that this process makes surfaces of; the first call that it gets.
+
+    level: of the surface, or None for the one suggested by the volumes of `seeds`.
+    """
+    global _maker
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    from dataclasses import replace
+
+    from densityrl.generator import load_generator
+
+    generator = load_generator(name, device)
+    _maker = MeshMaker(generator, settings)
+    suggested = _maker.suggested_level(seeds, psi)
+    settings = replace(settings, level=suggested if level is None else level)
+    _maker = MeshMaker(generator, settings)
+    grid = _maker.slab(psi).grid(generator.box_side)
+    lo, hi = (tuple(float(x) for x in corner) for corner in (grid.lo, grid.hi))
+    return Opened(generator.fingerprint(), settings, suggested, lo, hi)  # type: ignore[arg-type]
+
+
+def _die_with_parent() -> None:
+    """A server that is killed takes this process along."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def make_mesh(sample: Sample, path: str) -> None:
+    """Write the surface of a sample, whole or not at all."""
+    from densityrl.run import atomic_write
+
+    assert _maker is not None, "open_generator comes first"
+    atomic_write(path, _maker.glb(sample))
+
+
+def reward_scores(directory: str, samples: Sequence[Sample]) -> tuple[int, list[float]]:
+    """The time stamp of a reward and its scores of samples; reads it again when it has changed."""
+    global _reward
+    from densityrl.reward import RewardModel
+
+    assert _maker is not None, "open_generator comes first"
+    stamp = reward_stamp(directory)
+    if _reward is None or _reward[0] != (directory, stamp):
+        model = RewardModel.load(directory, _maker.generator.device)
+        model.check(_maker.generator)
+        _reward = (directory, stamp), model
+    return stamp, _maker.scores(_reward[1], samples)
+
+
+def reward_stamp(directory: str | Path) -> int:
+    """Changes when the reward does; 0 where there is none."""
+    from densityrl.reward.model import WEIGHTS
+
+    path = Path(directory) / WEIGHTS
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def cache_key(fingerprint: str, settings: MeshSettings) -> str:
+    """A name for a folder of surfaces, another one for another generator or setting."""
+    import hashlib
+    import json
+
+    key = json.dumps({"generator": fingerprint, **asdict(settings)}, sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
