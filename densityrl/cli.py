@@ -205,7 +205,7 @@ def annotate(
     browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
     device: DeviceOption = "cpu",
 ) -> None:
-    """The local page on which people compare shapes; needs densityrl[annotate]."""
+    """The local page on which people compare shapes; needs the extra annotate."""
     try:
         from densityrl.annotation.server import is_loopback, serve
     except ModuleNotFoundError as error:
@@ -255,6 +255,7 @@ def annotate(
         suggested_name=annotator,
         on_ready=ready,
     )
+    print(f"look at `densityrl preferences stats --db {database}`")
 
 
 @preferences_app.command()

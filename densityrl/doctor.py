@@ -12,7 +12,10 @@ from densityrl.generator import bundled_generators
 from triplane_kernels import available_backends, cpu, cuda
 
 PACKAGES = ("triton", "numpy", "safetensors", "scikit-image", "trimesh")
-OPTIONAL = {"tensorboard": "curves in TensorBoard: pip install 'densityrl[tensorboard]'"}
+OPTIONAL = {
+    "tensorboard": "curves in TensorBoard: pip install 'densityrl[tensorboard]'",
+    "fastapi": "the annotation page: pip install 'densityrl[annotate]'",
+}
 
 SLOWER = "without it density on a CPU takes ten to twenty times as long"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -52,6 +53,7 @@ class Opened:
     suggested_level: float
     lo: tuple[float, float, float]  # of the box that is shown, world units
     hi: tuple[float, float, float]
+    process: int  # its number
 
 
 def suggest_level(sigma: np.ndarray, box_side: float) -> float:
@@ -193,6 +195,20 @@ def _glb(
 
 # --- in the process that makes surfaces ----------------------------------------------------------
 
+
+def begin_process() -> None:
+    """Ends with the server, even one that is killed, and leaves an interrupt to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 _maker: MeshMaker | None = None
 _reward: tuple[tuple[str, int], RewardModel] | None = None  # with its directory and its time
 
@@ -210,7 +226,6 @@ def open_generator(
     level: of the surface, or None for the one suggested by the volumes of `seeds`.
     """
     global _maker
-    threading.Thread(target=_die_with_parent, daemon=True).start()
     from dataclasses import replace
 
     from densityrl.generator import load_generator
@@ -221,16 +236,14 @@ def open_generator(
     settings = replace(settings, level=suggested if level is None else level)
     _maker = MeshMaker(generator, settings)
     grid = _maker.slab(psi).grid(generator.box_side)
-    lo, hi = (tuple(float(x) for x in corner) for corner in (grid.lo, grid.hi))
-    return Opened(generator.fingerprint(), settings, suggested, lo, hi)  # type: ignore[arg-type]
-
-
-def _die_with_parent() -> None:
-    """A server that is killed takes this process along."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
+    return Opened(
+        fingerprint=generator.fingerprint(),
+        settings=settings,
+        suggested_level=suggested,
+        lo=grid.lo,
+        hi=grid.hi,
+        process=os.getpid(),
+    )
 
 
 def make_mesh(sample: Sample, path: str) -> None:

@@ -19,6 +19,7 @@ from densityrl.annotation.meshes import (
     MeshSettings,
     NoSurfaceError,
     Opened,
+    begin_process,
     cache_key,
     make_mesh,
     open_generator,
@@ -66,10 +67,16 @@ class Preparer:
         self.failure: Exception | None = None
         self._root = folder
         self._wanted = asyncio.Event()
-        self._making: dict[Path, asyncio.Task[Path]] = {}
+        self._work = asyncio.Event()
+        self._wishes: dict[str, list[Sample]] = {}  # of each annotator
+        self._awaited: dict[Sample, asyncio.Future[None]] = {}
+        self._without: dict[Sample, str] = {}  # that have no surface, and what to say of it
         self._scores: dict[int, float] = {}  # of seeds, by the reward of this time stamp:
         self._stamp = 0
-        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self._process: int | None = None
+        self._pool = ProcessPoolExecutor(
+            1, mp_context=multiprocessing.get_context("spawn"), initializer=begin_process
+        )
 
     def open(self) -> Opened:
         """Load the generator; raises what is wrong with it, or with the reward."""
@@ -91,13 +98,15 @@ class Preparer:
             raise DensityRLError(
                 "the process that makes surfaces ended; is there memory enough for the generator?"
             ) from error
+        self._process = opened.process
         self.folder = self._root / cache_key(opened.fingerprint, opened.settings)
         self.folder.mkdir(parents=True, exist_ok=True)
         return opened
 
     def close(self) -> None:
-        for process in list((self._pool._processes or {}).values()):
-            process.terminate()  # what it makes is whole in the folder, or not there
+        for child in multiprocessing.active_children():
+            if child.pid == self._process:
+                child.terminate()  # what it makes is whole in the folder, or not there
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Preparer:
@@ -108,31 +117,61 @@ class Preparer:
 
     # --- surfaces --------------------------------------------------------------------------------
 
-    def want(self, samples: Iterable[Sample]) -> None:
-        """Begin to make what is missing, in this order."""
-        for sample in samples:
-            self._begin(sample)
+    def want(self, annotator: str, samples: Iterable[Sample]) -> None:
+        """What this annotator will see next, in this order; what was wanted before is forgotten."""
+        self._wishes[annotator] = list(samples)
+        self._work.set()
 
     async def mesh(self, sample: Sample) -> Path:
         """The file of a sample's surface, once it is made; NoSurfaceError if it has none."""
-        return await asyncio.shield(self._begin(sample))
-
-    def _begin(self, sample: Sample) -> asyncio.Task[Path]:
-        path = self.folder / f"seed{sample.seed:010d}-psi{sample.psi:g}.glb"
-        task = self._making.get(path)
-        if task is None or (task.done() and not isinstance(task.exception(), NoSurfaceError)):
-            task = asyncio.create_task(self._make(sample, path))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self._making[path] = task
-        return task
-
-    async def _make(self, sample: Sample, path: Path) -> Path:
+        path = self._path(sample)
+        if sample in self._without:
+            raise NoSurfaceError(self._without[sample])
         if path.exists():
             path.touch()  # used last, so evicted last
-        else:
-            await self._in_pool(make_mesh, sample, str(path))
-            await asyncio.to_thread(self._evict)
+            return path
+        future = self._awaited.setdefault(sample, asyncio.get_running_loop().create_future())
+        self._work.set()
+        await asyncio.shield(future)
         return path
+
+    def _path(self, sample: Sample) -> Path:
+        return self.folder / f"seed{sample.seed:010d}-psi{sample.psi:g}.glb"
+
+    def _next(self) -> Sample | None:
+        """What somebody waits for goes before what somebody will see."""
+        for sample in self._awaited:
+            return sample
+        for wishes in self._wishes.values():
+            while wishes:
+                sample = wishes.pop(0)
+                if sample not in self._without and not self._path(sample).exists():
+                    return sample
+        return None
+
+    async def _make_surfaces(self) -> None:
+        while True:
+            sample = self._next()
+            if sample is None:
+                await self._work.wait()
+                self._work.clear()
+                continue
+            error: Exception | None = None
+            try:
+                await self._in_pool(make_mesh, sample, str(self._path(sample)))
+                await asyncio.to_thread(self._evict)
+            except NoSurfaceError as missing:
+                self._without[sample] = str(missing)
+                error = missing
+            except Exception as failed:  # told to whoever asks for it, which tries again
+                error = failed
+            future = self._awaited.pop(sample, None)
+            if future is not None and not future.done():
+                if error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(error)
+                    future.exception()  # nobody may wait any more
 
     def _evict(self) -> None:
         """Keep the folder's size: the surfaces used longest ago go."""
@@ -145,7 +184,12 @@ class Preparer:
 
     async def _in_pool(self, function: Callable[..., T], *arguments: object) -> T:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, function, *arguments)
+        try:
+            return await loop.run_in_executor(self._pool, function, *arguments)
+        except BrokenProcessPool as error:
+            raise DensityRLError(
+                "the process that makes surfaces ended; start `densityrl annotate` again"
+            ) from error
 
     # --- pairs -----------------------------------------------------------------------------------
 
@@ -154,11 +198,17 @@ class Preparer:
         self._wanted.set()
 
     async def run(self) -> None:
-        """Plan ahead of the furthest annotator until cancelled; a failure is kept for the page."""
+        """Make surfaces, and plan pairs ahead of the furthest annotator, until cancelled.
+
+        A failure to plan is kept in `failure` for the page.
+        """
+        await asyncio.gather(self._make_surfaces(), self._plan())
+
+    async def _plan(self) -> None:
         while True:
             try:
                 await self._plan_ahead()
-            except (DensityRLError, BrokenProcessPool, OSError) as error:
+            except Exception as error:
                 self.failure = error
             await self._wanted.wait()
             self._wanted.clear()

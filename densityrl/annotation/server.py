@@ -13,7 +13,9 @@ import hashlib
 import ipaddress
 import re
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -205,7 +207,7 @@ def create_app(
     async def state(annotator: str) -> dict[str, Any]:
         """Where an annotator is; the surfaces that come next are begun."""
         current, tasks = await asyncio.to_thread(state_of, annotator)
-        preparer.want(sample for task in tasks for sample in (task.left, task.right))
+        preparer.want(annotator, (sample for task in tasks for sample in (task.left, task.right)))
         preparer.poke()
         if current["waiting"] and preparer.failure is not None:
             raise HTTPException(500, f"No next pair could be chosen: {preparer.failure}")
@@ -287,6 +289,7 @@ def create_app(
     on(AlreadyAnsweredError, 409)
     on(PreferenceError, 422)
     on(DensityRLError, 500)
+    on(RuntimeError, 500)  # torch's, out of memory among them
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
@@ -296,6 +299,8 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return _sentence(422, "The body is not JSON.")
         where = " ".join(str(part) for part in first["loc"][1:]) or "the body"
         return _sentence(422, f"{where}: {first['msg']}.")
 
@@ -392,7 +397,11 @@ def serve(
                 len(store.choices()),
             ),
         )
-        server.run(sockets=[sock])
+        if threading.current_thread() is threading.main_thread():
+            # uvicorn finishes and raises the signal again; a terminated server cleans up as well.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):  # which is how this ends
+            server.run(sockets=[sock])
 
 
 class _Server(uvicorn.Server):

@@ -672,6 +672,24 @@ def is_store(path: str | Path) -> bool:
         return False
 
 
+def check_samples(path: str | Path, generator: str, psi: float) -> None:
+    """PreferenceError if a store's choices are about another generator's samples, or truncation.
+
+    generator: its fingerprint. Any other file, such as a CSV, does not say, and passes.
+    """
+    if not is_store(path):
+        return
+    with PreferenceStore(path) as store:
+        about = store.about()
+    if about.get("generator", generator) != generator:
+        raise PreferenceError(f"the choices in {path} are about the samples of another generator")
+    if about.get("truncation_psi", psi) != psi:
+        raise PreferenceError(
+            f"the choices in {path} are about samples at --truncation-psi "
+            f"{about['truncation_psi']:g}, not {psi:g}"
+        )
+
+
 def _winner_first(choice: Choice) -> tuple[int, int]:
     seeds = choice.pair.first.seed, choice.pair.second.seed
     return seeds if choice.answer == "first" else seeds[::-1]

@@ -17,7 +17,14 @@ from densityrl.config import RewardConfig
 from densityrl.errors import NonFiniteError, PreferenceError, RunError
 from densityrl.generator import TriplaneGenerator, load_generator
 from densityrl.generator.axes import LatentAxes
-from densityrl.preference import PreferenceTable, Split, read_preferences, split_preferences
+from densityrl.preference import (
+    PreferenceTable,
+    Split,
+    read_preferences,
+    split_preferences,
+    write_preferences,
+)
+from densityrl.preference.store import check_samples
 from densityrl.reward.inversion import InversionNetwork, check_size
 from densityrl.reward.losses import (
     choice_probability,
@@ -38,6 +45,8 @@ from densityrl.run import (
 from densityrl.statistics import calibration, wilson_interval
 from densityrl.volume import SlabSettings, VolumeCache, density_slab, ws_of_seeds
 
+PREFERENCES = "preferences.csv"  # the pairs of a run
+
 
 def train_reward(
     config: RewardConfig, out: str | Path, *, resume: bool = False, device: str = "cpu"
@@ -45,17 +54,23 @@ def train_reward(
     """Run or resume a training; returns the summary that is also written to `summary.json`.
 
     The directory ends with reward.safetensors and reward.json (`RewardModel.load` reads them),
-    metrics.jsonl, config.json and the volumes. Held-out figures are of the test pairs, which took
-    no part in training or in choosing when to stop.
+    metrics.jsonl, config.json, preferences.csv and the volumes. Held-out figures are of the test
+    pairs, which took no part in training or in choosing when to stop.
     """
     if not 0 <= config.mistakes < 0.5:
         raise RunError(f"mistakes must be a share from 0 to below 0.5, not {config.mistakes}")
     generator = load_generator(config.generator, device)
-    table = read_preferences(config.preferences, config.limit)
+    # A run goes on with the pairs it began with: people may be adding to a store of choices.
+    begun = Path(out) / PREFERENCES
+    check_samples(config.preferences, generator.fingerprint(), config.truncation_psi)
+    table = read_preferences(
+        begun if resume and begun.exists() else config.preferences, config.limit
+    )
     split = split_preferences(table, config.split, config.seed)
     slabs = len(split.train.seeds) + config.inversion_slabs
     network = new_network(config, generator, slabs)  # refuses before anything is written
     with RunDirectory.create(out, "reward-train", asdict(config), resume) as run:
+        write_preferences(begun, table)
         volumes = Volumes(config, generator, Path(config.volumes or run.path / "volumes"))
         volumes.prepare(table)
         trainer = RewardTrainer(config, generator, network.to(device), split, volumes)

@@ -19,6 +19,7 @@ from densityrl.preference import (
     split_preferences,
     write_preferences,
 )
+from densityrl.preference.store import PreferenceStore
 from densityrl.reward import InversionNetwork, RewardModel, inversion
 from densityrl.reward.train import RewardTrainer, Volumes, new_network, train_reward
 from densityrl.volume import SlabSettings, VolumeCache, density_slab, ws_of_seeds
@@ -464,3 +465,54 @@ def test_runs_share_volumes(config, tmp_path, monkeypatch):
     rewards = [(tmp_path / run / "reward.safetensors").read_bytes() for run in ("first", "alone")]
     assert len(list((tmp_path / "alone" / "volumes").iterdir())) == 2
     assert rewards[0] == rewards[1]
+
+
+def choices_of(pairs, path, generator):
+    """A store in which somebody preferred the first of each pair."""
+    store = PreferenceStore(path, create=True)
+    store.describe({"generator": generator.fingerprint(), "truncation_psi": 1.0})
+    store.add_table(pairs, "anna", 1.0)
+    return store
+
+
+def test_a_store_of_choices_trains_as_its_table_does(config, tmp_path):
+    pairs = read_preferences(config.preferences)
+    choices_of(pairs, tmp_path / "pairs.sqlite", tiny_generator()).close()
+    stored = dataclasses.replace(config, preferences=str(tmp_path / "pairs.sqlite"))
+    assert train_reward(stored, tmp_path / "stored") == train_reward(config, tmp_path / "table")
+
+
+def test_choices_about_other_samples_are_refused(config, tmp_path):
+    pairs = read_preferences(config.preferences)
+    choices_of(pairs, tmp_path / "other.sqlite", tiny_generator(seed=1)).close()
+    other = dataclasses.replace(config, preferences=str(tmp_path / "other.sqlite"))
+    with pytest.raises(PreferenceError, match="about the samples of another generator"):
+        train_reward(other, tmp_path / "run")
+    choices_of(pairs, tmp_path / "pairs.sqlite", tiny_generator()).close()
+    truncated = dataclasses.replace(
+        config, preferences=str(tmp_path / "pairs.sqlite"), truncation_psi=0.7
+    )
+    with pytest.raises(PreferenceError, match=r"about samples at --truncation-psi 1, not 0\.7"):
+        train_reward(truncated, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pairs_that_come_in_meanwhile_are_for_the_next_run(config, tmp_path, monkeypatch):
+    pairs = read_preferences(config.preferences)
+    stored = dataclasses.replace(config, preferences=str(tmp_path / "pairs.sqlite"))
+    with choices_of(pairs, tmp_path / "pairs.sqlite", tiny_generator()) as store:
+        train_reward(stored, tmp_path / "unbroken")
+        original = RewardTrainer._train_step
+
+        def cut_short(self):
+            if self.step == 6:
+                raise KeyboardInterrupt
+            return original(self)
+
+        monkeypatch.setattr(RewardTrainer, "_train_step", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            train_reward(stored, tmp_path / "run")
+        monkeypatch.undo()
+        store.add_table(PreferenceTable([7001, 7003], [7002, 7004]), "anna", 1.0)
+    train_reward(stored, tmp_path / "run", resume=True)
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "unbroken")
