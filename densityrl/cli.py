@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that `densityrl --help` answers at o
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -307,6 +308,8 @@ def import_preferences(
     from densityrl.preference import read_preferences
     from densityrl.preference.store import PreferenceStore
 
+    if not math.isfinite(truncation_psi):
+        raise DensityRLError(f"a truncation is a finite number, not {truncation_psi}")
     table = read_preferences(preferences)
     with PreferenceStore(database, create=True) as store:
         store.describe({"truncation_psi": truncation_psi})

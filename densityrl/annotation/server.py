@@ -192,15 +192,17 @@ def create_app(
         pairs, repeats = settings.pairs, settings.repeats
         tasks = store.upcoming(annotator, AHEAD, pairs=pairs, repeats=repeats)
         progress = store.progress(annotator, pairs=pairs, repeats=repeats)
+        # More will come: the pairs are chosen only shortly before they are shown.
+        waiting = not tasks and store.planned() < pairs
         state = {
             "annotator": annotator,
             "tasks": [task.id for task in tasks],
             "done": progress.done,
-            "total": progress.total,
+            # Pairs that were skipped are not repeated, so there may be fewer than were to be.
+            "total": progress.total if tasks or waiting else progress.done,
             "seconds": progress.seconds,
             "undo": progress.last_choice,
-            # More will come: the pairs are chosen only shortly before they are shown.
-            "waiting": not tasks and store.planned() < pairs,
+            "waiting": waiting,
         }
         return state, tasks
 

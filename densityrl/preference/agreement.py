@@ -64,7 +64,7 @@ def _one(name: str, choices: list[Choice], undone: int) -> dict[str, Any]:
     again = {c.pair_id: c.answer for c in choices if c.repeated and c.answer != "skip"}
     twice = [(first[name, pair], answer) for pair, answer in again.items() if (name, pair) in first]
     seconds = [c.seconds for c in choices if c.seconds is not None]
-    skips = Counter(c.reason for c in choices if c.answer == "skip")
+    skips = Counter(c.reason or "no reason given" for c in choices if c.answer == "skip")
     return {
         "choices": len(choices),
         "decided": len(decided),
@@ -119,7 +119,7 @@ def describe_agreement(figures: dict[str, Any]) -> str:
             f"decided, {one['ties']} ties, {one['skips']} skipped, {one['undone']} undone",
         ]
         for reason, count in one["skip_reasons"].items():
-            lines.append(f"  skipped {count}: {reason or 'no reason given'}")
+            lines.append(f"  skipped {count}: {reason}")
         if one["median_seconds"] is not None:
             lines.append(f"  median time of a choice: {one['median_seconds']:.1f} s")
         lines.append(f"  chose the left side: {_percent(one['left'])}")

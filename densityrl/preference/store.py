@@ -19,6 +19,7 @@ import math
 import random
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -27,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from densityrl.errors import PreferenceError
+from densityrl.errors import DensityRLError, PreferenceError
 from densityrl.preference.table import PreferenceTable
 from densityrl.run import atomic_write
 
@@ -168,22 +169,24 @@ class PreferenceStore:
         except sqlite3.Error as error:
             raise PreferenceError(f"cannot open {path}: {error}") from error
         try:
-            self._open()
+            self._open(create)
         except BaseException:
             self._connection.close()
             raise
 
-    def _open(self) -> None:
+    def _open(self, create: bool) -> None:
         self._connection.row_factory = sqlite3.Row
         try:
             if self._pragma("application_id") != APPLICATION:
+                if not create:
+                    raise PreferenceError(f"{self.path} is no store of preferences")
                 with self._transaction():
                     self._make()
             if self._pragma("user_version") > VERSION:
                 raise PreferenceError(
                     f"{self.path} was written by a newer release: update this one"
                 )
-            if (mode := self._pragma("journal_mode = WAL")) != "wal":
+            if (mode := self._write_ahead()) != "wal":
                 raise PreferenceError(
                     f"{self.path}: this file system allows no write-ahead log ({mode}); keep the "
                     "store on a local disk"
@@ -202,6 +205,17 @@ class PreferenceStore:
         for statement in SCHEMA.split(";\n"):
             self._connection.execute(statement)
 
+    def _write_ahead(self) -> str:
+        """Turn the write-ahead log on; SQLite itself does not wait for a writer here."""
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                return str(self._pragma("journal_mode = WAL"))
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
+
     def _pragma(self, pragma: str) -> Any:
         return self._connection.execute(f"PRAGMA {pragma}").fetchone()[0]
 
@@ -213,15 +227,21 @@ class PreferenceStore:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """All or nothing; holds off other writers, of this process and of others."""
+        """All or nothing; holds off other writers, of this process and of others.
+
+        DensityRLError where the disk or another writer does not let it through.
+        """
         with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
             try:
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield
-            except BaseException:
-                self._connection.execute("ROLLBACK")
+                self._connection.execute("COMMIT")
+            except BaseException as error:
+                if self._connection.in_transaction:  # a full disk has rolled back by itself
+                    self._connection.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):
+                    raise DensityRLError(f"cannot write {self.path}: {error}") from error
                 raise
-            self._connection.execute("COMMIT")
 
     def close(self) -> None:
         with self._lock:
@@ -263,11 +283,14 @@ class PreferenceStore:
 
         PreferenceError for an empty, long or unprintable one.
         """
+        with self._transaction():
+            return self._add_annotator(name)
+
+    def _add_annotator(self, name: str) -> str:
         name = name.strip()
         if not 1 <= len(name) <= NAME_LENGTH or not name.isprintable():
             raise PreferenceError(f"a name has 1 to {NAME_LENGTH} printable characters")
-        with self._transaction():
-            self._connection.execute("INSERT OR IGNORE INTO annotator (name) VALUES (?)", (name,))
+        self._connection.execute("INSERT OR IGNORE INTO annotator (name) VALUES (?)", (name,))
         return name
 
     def annotators(self) -> list[str]:
@@ -357,7 +380,7 @@ class PreferenceStore:
         )
         given = self._number(
             "SELECT count(*) FROM task JOIN pair ON pair.id = task.pair "
-            "WHERE annotator = ? AND repeats IS NULL AND source != 'imported'",
+            "WHERE annotator = ? AND +repeats IS NULL AND source != 'imported'",
             who,
         )
         repeated = self._number(
@@ -374,7 +397,7 @@ class PreferenceStore:
         # Between the pairs a repetition keeps its distance; after the last one it need not.
         draw = random.Random(f"{who}/{position}")
         gap = REPEAT_GAP if given < pairs else 1
-        if repeated < math.floor(repeats * given):
+        if repeated < _repetitions(given, repeats):
             again = self._connection.execute(
                 "SELECT task.id, task.pair, first_is_left FROM task "
                 "JOIN choice ON choice.task = task.id AND undone IS NULL AND answer != 'skip' "
@@ -470,7 +493,7 @@ class PreferenceStore:
         with self._transaction():
             row = self._row(
                 "SELECT undone FROM choice JOIN task ON task.id = choice.task "
-                "WHERE choice.id = ? AND annotator = ?",
+                "WHERE choice.id = ? AND annotator = ? AND first_is_left IS NOT NULL",
                 choice,
                 self._annotator(annotator),
             )
@@ -485,18 +508,21 @@ class PreferenceStore:
         with self._lock:
             who = self._annotator(annotator)
             rows = self._connection.execute(
-                "SELECT choice.id, seconds FROM choice JOIN task ON task.id = choice.task "
-                "WHERE annotator = ? AND undone IS NULL AND first_is_left IS NOT NULL "
+                "SELECT choice.id, seconds, first_is_left FROM choice "
+                "JOIN task ON task.id = choice.task JOIN pair ON pair.id = task.pair "
+                "WHERE annotator = ? AND undone IS NULL AND source != 'imported' "
                 "ORDER BY choice.id",
                 (who,),
             ).fetchall()
-        total = pairs + math.floor(repeats * pairs)
+        total = pairs + _repetitions(pairs, repeats)
         seconds = [row["seconds"] for row in rows if row["seconds"] is not None]
         return Progress(
             done=len(rows),
             total=max(total, len(rows)),
             seconds=float(np.median(seconds)) if seconds else None,
-            last_choice=int(rows[-1]["id"]) if rows else None,
+            last_choice=max(
+                (int(row["id"]) for row in rows if row["first_is_left"] is not None), default=None
+            ),
         )
 
     def choices(self, *, undone: bool = False) -> list[Choice]:
@@ -564,10 +590,10 @@ class PreferenceStore:
         """
         names = [annotator] * len(table) if table.annotators is None else table.annotators.tolist()
         who = {}
-        for name in dict.fromkeys(name or annotator for name in names):
-            who[name] = self.add_annotator(name)
         added = 0
         with self._transaction():
+            for name in dict.fromkeys(name or annotator for name in names):
+                who[name] = self._add_annotator(name)
             for name, winner, loser in zip(
                 names, table.winners.tolist(), table.losers.tolist(), strict=True
             ):
@@ -688,6 +714,10 @@ def check_samples(path: str | Path, generator: str, psi: float) -> None:
             f"the choices in {path} are about samples at --truncation-psi "
             f"{about['truncation_psi']:g}, not {psi:g}"
         )
+
+
+def _repetitions(pairs: int, share: float) -> int:
+    return math.floor(share * pairs + 1e-9)  # 0.29 * 100 is below 29
 
 
 def _winner_first(choice: Choice) -> tuple[int, int]:
