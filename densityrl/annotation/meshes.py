@@ -232,7 +232,10 @@ def open_generator(
 
     generator = load_generator(name, device)
     _maker = MeshMaker(generator, settings)
-    suggested = _maker.suggested_level(seeds, psi)
+    try:
+        suggested = _maker.suggested_level(seeds, psi)
+    except ValueError as error:
+        raise DensityRLError(f"nothing of {name} can be shown: {error}") from None
     settings = replace(settings, level=suggested if level is None else level)
     _maker = MeshMaker(generator, settings)
     grid = _maker.slab(psi).grid(generator.box_side)

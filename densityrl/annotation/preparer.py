@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 import multiprocessing
+import os
 import random
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -71,8 +73,7 @@ class Preparer:
         self._wishes: dict[str, list[Sample]] = {}  # of each annotator
         self._awaited: dict[Sample, asyncio.Future[None]] = {}
         self._without: dict[Sample, str] = {}  # that have no surface, and what to say of it
-        self._scores: dict[int, float] = {}  # of seeds, by the reward of this time stamp:
-        self._stamp = 0
+        self._scores: dict[int, tuple[int, float]] = {}  # of seeds: the reward's time stamp, score
         self._process: int | None = None
         self._pool = ProcessPoolExecutor(
             1, mp_context=multiprocessing.get_context("spawn"), initializer=begin_process
@@ -127,8 +128,8 @@ class Preparer:
         path = self._path(sample)
         if sample in self._without:
             raise NoSurfaceError(self._without[sample])
-        if path.exists():
-            path.touch()  # used last, so evicted last
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)  # used last, so evicted last
             return path
         future = self._awaited.setdefault(sample, asyncio.get_running_loop().create_future())
         self._work.set()
@@ -136,7 +137,7 @@ class Preparer:
         return path
 
     def _path(self, sample: Sample) -> Path:
-        return self.folder / f"seed{sample.seed:010d}-psi{sample.psi:g}.glb"
+        return self.folder / f"seed{sample.seed:010d}-psi{sample.psi!r}.glb"
 
     def _next(self) -> Sample | None:
         """What somebody waits for goes before what somebody will see."""
@@ -174,12 +175,11 @@ class Preparer:
                     future.exception()  # nobody may wait any more
 
     def _evict(self) -> None:
-        """Keep the folder's size: the surfaces used longest ago go."""
+        """Keep the folder's size: the surfaces used longest ago go, the last one stays."""
         files = sorted(self.folder.glob("*.glb"), key=lambda path: -path.stat().st_mtime_ns)
-        total = 0
-        for path in files:
-            total += path.stat().st_size
-            if total > self.settings.cache_bytes:
+        sizes = itertools.accumulate(path.stat().st_size for path in files)
+        for path, size in list(zip(files, sizes, strict=True))[1:]:
+            if size > self.settings.cache_bytes:
                 path.unlink(missing_ok=True)
 
     async def _in_pool(self, function: Callable[..., T], *arguments: object) -> T:
@@ -216,8 +216,9 @@ class Preparer:
     async def _plan_ahead(self) -> None:
         while True:
             planned = await asyncio.to_thread(self.store.planned)
-            furthest = await asyncio.to_thread(self.store.furthest)
-            if planned >= min(self.settings.pairs, furthest + PLANNED_AHEAD):
+            if planned >= self.settings.pairs or planned >= PLANNED_AHEAD + await asyncio.to_thread(
+                self.store.furthest
+            ):
                 self.failure = None
                 return
             pair = await self.choose_pair(planned)
@@ -257,20 +258,22 @@ class Preparer:
         """The two of these seeds that the reward can tell apart least."""
         settings = self.settings
         assert settings.reward is not None
-        if self._stamp != reward_stamp(settings.reward):
-            self._scores.clear()
-        for seed in seeds:
-            if seed not in self._scores:  # one by one, so that surfaces need not wait for all
-                sample = Sample(seed, settings.truncation_psi)
-                self._stamp, (score,) = await self._in_pool(
-                    reward_scores, settings.reward, [sample]
-                )
-                self._scores[seed] = score
-        ranked = sorted(seeds, key=lambda seed: self._scores[seed])
+        while old := self._outdated(seeds):  # one by one, so that surfaces need not wait for all
+            stamp, (score,) = await self._in_pool(
+                reward_scores, settings.reward, [Sample(old[0], settings.truncation_psi)]
+            )
+            self._scores[old[0]] = stamp, score
+        scores = {seed: self._scores[seed][1] for seed in seeds}
         low, high = min(
-            itertools.pairwise(ranked),
-            key=lambda pair: self._scores[pair[1]] - self._scores[pair[0]],
+            itertools.pairwise(sorted(seeds, key=lambda seed: scores[seed])),
+            key=lambda pair: scores[pair[1]] - scores[pair[0]],
         )
-        margin = self._scores[low] - self._scores[high]
+        margin = scores[low] - scores[high]
         probability = 1 / (1 + math.exp(-margin))
         return replace(self._pair(low, high), source="uncertain", probability=probability)
+
+    def _outdated(self, seeds: list[int]) -> list[int]:
+        """Those without a score by the reward that is there now."""
+        assert self.settings.reward is not None
+        stamp = reward_stamp(self.settings.reward)
+        return [seed for seed in seeds if self._scores.get(seed, (None, 0.0))[0] != stamp]

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -50,6 +50,9 @@ LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 IMPORT_MAP = re.compile(r'<script type="importmap">(.*?)</script>', re.DOTALL)
 
 
+Number = Annotated[int, Field(ge=0, lt=2**63)]  # what SQLite counts with
+
+
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -57,7 +60,7 @@ class Body(BaseModel):
 
 
 class ChoiceBody(Body):
-    task: int
+    task: Number
     answer: Literal["left", "right", "tie", "skip"]
     request: Annotated[str, Field(min_length=16, max_length=64)]
     seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
@@ -65,7 +68,7 @@ class ChoiceBody(Body):
 
 
 class UndoBody(Body):
-    choice: int
+    choice: Number
 
 
 class Guard:
@@ -190,10 +193,11 @@ def create_app(
 
     def state_of(annotator: str) -> tuple[dict[str, Any], list[Task]]:
         pairs, repeats = settings.pairs, settings.repeats
+        planned = store.planned()  # before, so that a pair planned meanwhile is not overlooked
         tasks = store.upcoming(annotator, AHEAD, pairs=pairs, repeats=repeats)
         progress = store.progress(annotator, pairs=pairs, repeats=repeats)
         # More will come: the pairs are chosen only shortly before they are shown.
-        waiting = not tasks and store.planned() < pairs
+        waiting = not tasks and planned < pairs
         state = {
             "annotator": annotator,
             "tasks": [task.id for task in tasks],
@@ -266,12 +270,16 @@ def create_app(
         return await state(body.annotator)
 
     @app.get("/mesh/{task}/{side}")
-    async def mesh(task: int, side: Literal["left", "right"]) -> FileResponse:
+    async def mesh(task: Number, side: Literal["left", "right"]) -> Response:
         found = await asyncio.to_thread(store.task, task)
         path = await preparer.mesh(found.left if side == "left" else found.right)
-        # A task's surface never changes, while the folder's names would give the pair away.
-        return FileResponse(
-            path,
+        try:
+            data = await asyncio.to_thread(path.read_bytes)
+        except FileNotFoundError:
+            raise HTTPException(503, "This shape had to make room for others; try again.") from None
+        # No header tells which sample it is. A task's surface never changes.
+        return Response(
+            data,
             media_type="model/gltf-binary",
             headers={"cache-control": "private, max-age=86400, immutable"},
         )
@@ -321,7 +329,11 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket on this address, port 0 for any free one; DensityRLError if it cannot be had."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
+        server = socket.create_server((host, port), family=family, backlog=128)
+        # Connections inherit it. asyncio sets it for sockets that say they are TCP's, which those
+        # of create_server do not; a reply's second packet then waits 40 ms for an acknowledgement.
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return server
     except OSError as error:
         raise DensityRLError(
             f"cannot listen on {host}, port {port} ({error.strerror}); give another --port"

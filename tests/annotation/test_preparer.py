@@ -40,8 +40,6 @@ MESH = MeshSettings(resolution=24, slab="full", level=7.0)
 class Here(ThreadPoolExecutor):
     """In place of the process that makes surfaces, of which a start takes seconds."""
 
-    _processes = ()
-
     def __init__(self):
         super().__init__(1)
 
