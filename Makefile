@@ -10,7 +10,7 @@ demo: install
 	$(BIN)/densityrl demo --out runs/demo
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest bench -k 64 --benchmark-disable  # that they run, not how fast
 
 lint: install

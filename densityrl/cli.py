@@ -179,7 +179,9 @@ def annotate(
         float, typer.Option(min=0, max=1, help="Share of pairs that --reward chooses.")
     ] = 0.5,
     annotator: Annotated[str, typer.Option(help="Name that the page proposes.")] = "",
-    first_seed: Annotated[int, typer.Option(min=0, help="Of the samples shown.")] = 10_000,
+    first_seed: Annotated[
+        int, typer.Option(min=0, max=2**31, help="Of the samples shown.")
+    ] = 10_000,
     truncation_psi: float = 1.0,
     resolution: Annotated[int, typer.Option(min=8, help="Points a side of the whole box.")] = 128,
     slab: SlabOption = "face",

@@ -18,6 +18,9 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
+LONG = ("test_sculpting.py", "test_page.py", "test_server.py", "test_reward_train.py")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-gpu", action="store_true", help="fail where GPU tests would be skipped"
@@ -25,6 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Long files first, so that no worker is left alone with one at the end.
+    items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         return
     if config.getoption("--require-gpu"):

@@ -163,6 +163,7 @@ GUARDING_HEADERS = _guarding_headers()
 
 
 def _sentence(status: int, text: str) -> JSONResponse:
+    text = f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '?', '!')) else '.'}"
     return JSONResponse({"error": text}, status, headers={"cache-control": "no-store"})
 
 
@@ -289,10 +290,7 @@ def create_app(
     def on(error: type[Exception], status: int) -> None:
         @app.exception_handler(error)
         async def answer(_: Request, found: Exception) -> JSONResponse:
-            text = str(found)
-            return _sentence(
-                status, f"{text[:1].upper()}{text[1:]}{'' if text[-1:] in '.?!' else '.'}"
-            )
+            return _sentence(status, str(found))
 
     on(NoSurfaceError, 404)
     on(NoSuchTaskError, 404)
@@ -306,13 +304,17 @@ def create_app(
         text = "There is nothing here." if error.status_code == 404 else str(error.detail)
         return _sentence(error.status_code, text)
 
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> JSONResponse:
+        return _sentence(500, "something broke, which the server's own output tells more about")
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return _sentence(422, "The body is not JSON.")
-        where = " ".join(str(part) for part in first["loc"][1:]) or "the body"
-        return _sentence(422, f"{where}: {first['msg']}.")
+        where = " ".join(str(part) for part in first["loc"][1:]) or "body"
+        return _sentence(422, f"'{where}': {first['msg']}")
 
     return Guard(app, token, names)
 
@@ -334,9 +336,9 @@ def listen(host: str, port: int) -> socket.socket:
         # of create_server do not; a reply's second packet then waits 40 ms for an acknowledgement.
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return server
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise DensityRLError(
-            f"cannot listen on {host}, port {port} ({error.strerror}); give another --port"
+            f"cannot listen on {host}, port {port} ({error}); give another --port or --host"
         ) from error
 
 

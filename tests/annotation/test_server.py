@@ -330,7 +330,7 @@ def test_which_addresses_are_this_machine_alone(host, loopback):
 def test_a_taken_port():
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(DensityRLError, match=f"port {port} .*; give another --port$"):
+        with pytest.raises(DensityRLError, match=f"port {port} .*; give another --port or --host$"):
             listen("127.0.0.1", port)
 
 
@@ -551,7 +551,7 @@ def test_wrong_values(client, store, field, value):
     response = client.post(
         "api/choice", content=content, headers={"content-type": "application/json"}
     )
-    assert assert_refused(response, 422).startswith(f"{field}: ")
+    assert assert_refused(response, 422).startswith(f"'{field}': ")
     assert store.choices() == []
 
 
@@ -559,7 +559,7 @@ def test_wrong_values(client, store, field, value):
 def test_missing_values(client, field):
     body = {k: v for k, v in choice(*begin(client)["tasks"][:1]).items() if k != field}
     error = assert_refused(client.post("api/choice", json=body), 422)
-    assert error.startswith(f"{field}: ")
+    assert error.startswith(f"'{field}': ")
 
 
 @pytest.mark.parametrize(
