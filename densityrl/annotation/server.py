@@ -377,16 +377,16 @@ def serve(
         PreferenceStore(database, create=True) as store,
         Preparer(store, settings, folder) as preparer,
     ):
+        about = {
+            "truncation_psi": settings.truncation_psi,
+            "slab": settings.mesh.slab,
+            "resolution": settings.mesh.resolution,
+        }
+        if settings.level is not None:
+            about["level"] = settings.level
+        store.check(about)  # before the generator is loaded, which takes its time
         opened = preparer.open()
-        store.describe(
-            {
-                "generator": opened.fingerprint,
-                "truncation_psi": settings.truncation_psi,
-                "slab": opened.settings.slab,
-                "resolution": opened.settings.resolution,
-                "level": opened.settings.level,
-            }
-        )
+        store.describe({**about, "generator": opened.fingerprint, "level": opened.settings.level})
         token = secrets.token_urlsafe(24)
         app = create_app(
             store,

@@ -261,19 +261,24 @@ class PreferenceStore:
             rows = self._connection.execute("SELECT key, value FROM about").fetchall()
         return {row["key"]: json.loads(row["value"]) for row in rows}
 
-    def describe(self, about: Mapping[str, Any]) -> None:
-        """Record what everybody is shown; PreferenceError if it was something else before.
+    def check(self, about: Mapping[str, Any]) -> None:
+        """PreferenceError where `describe` recorded other values.
 
         Samples of two generators, or surfaces at two levels, are not to be mixed in a file.
         """
+        known = self.about()
+        for key, value in about.items():
+            if key in known and known[key] != value:
+                raise PreferenceError(
+                    f"{self.path} was made with {key} = {known[key]}, not {value}; give the "
+                    "same, or another --db"
+                )
+
+    def describe(self, about: Mapping[str, Any]) -> None:
+        """Record what everybody is shown; PreferenceError if it was something else before."""
         with self._transaction():
-            known = self.about()
+            self.check(about)
             for key, value in about.items():
-                if key in known and known[key] != value:
-                    raise PreferenceError(
-                        f"{self.path} was made with {key} = {known[key]}, not {value}; give the "
-                        "same, or another --db"
-                    )
                 self._connection.execute(
                     "INSERT OR IGNORE INTO about VALUES (?, ?)", (key, json.dumps(value))
                 )

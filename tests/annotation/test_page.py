@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from serving import serving
+from tiny import save_tiny
 
 from densityrl.preference.store import PreferenceStore
 
@@ -31,6 +32,7 @@ ARGUMENTS = (
 )
 PAIRS = 20
 OPTIONS = ("--resolution", 64, "--pairs", PAIRS)  # and one in ten repeated
+TINY_OPTIONS = ("--resolution", 24, "--slab", "full", "--level", "auto", "--pairs", PAIRS)
 KEYS = {"left": "ArrowLeft", "right": "ArrowRight", "tie": "ArrowDown"}
 
 pytestmark = pytest.mark.skipif(
@@ -194,8 +196,8 @@ def test_a_pause_stops_the_time_and_the_answers(server, database, new_page):
 
 
 def test_a_killed_server_loses_nothing(tmp_path, new_page):
-    database = tmp_path / "prefs.sqlite"
-    with serving("heads", database, *OPTIONS) as server:
+    database, generator = tmp_path / "prefs.sqlite", save_tiny(tmp_path / "tiny")
+    with serving(generator, database, *TINY_OPTIONS) as server:
         page = new_page(server)
         begin(page, "anna")
         press(page, "ArrowLeft")
@@ -207,7 +209,7 @@ def test_a_killed_server_loses_nothing(tmp_path, new_page):
         assert "Not saved. The server does not answer." in page.inner_text("#message")
         assert page.get_attribute("body", "data-task") == task
     assert sides(database, "anna") == ["left", "right"]
-    with serving("heads", database, *OPTIONS) as server:
+    with serving(generator, database, *TINY_OPTIONS) as server:
         page = new_page(server)
         begin(page, "anna")
         assert page.get_attribute("body", "data-task") == task
@@ -225,6 +227,7 @@ def test_a_lost_reply_is_not_counted_twice(server, database, new_page):
             route.request.url,
             content=route.request.post_data,
             headers={"content-type": "application/json"},
+            timeout=60,
         ).raise_for_status()
         route.abort()
 
@@ -343,8 +346,8 @@ def test_both_sides_are_drawn_alike(server, new_page):
 
 
 def test_a_sample_without_a_surface_is_said_and_can_be_skipped(tmp_path, new_page):
-    database = tmp_path / "prefs.sqlite"
-    with serving("heads", database, *OPTIONS, "--level", 1e6) as server:
+    database, generator = tmp_path / "prefs.sqlite", save_tiny(tmp_path / "tiny")
+    with serving(generator, database, *TINY_OPTIONS, "--level", 1e6) as server:
         page = new_page(server)
         begin(page, "anna")
         assert "no surface at the raw density 1e+06" in page.inner_text("#gone-left")

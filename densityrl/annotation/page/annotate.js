@@ -147,19 +147,21 @@ async function next(reply, ran = 0) {
   enter('ready');
 }
 
+/** Ask where the session is; forgotten if an answer was given or began to be saved meanwhile. */
 async function refresh() {
+  const during = state();
+  const before = session;
+  const stale = () => session !== before || state() !== during;
   try {
     const reply = await ask(`api/state?annotator=${encodeURIComponent(session.annotator)}`);
+    if (stale()) return;
     if (reply.tasks[0] !== pair?.task || pair === null) await next(reply);
     else { session = reply; tell(); fetchAhead(); enter(state()); }
   } catch (error) {
-    fail(error);
+    if (stale()) return;
+    say(error.message, true);
+    enter(pair ? 'ready' : 'failed', error.message);
   }
-}
-
-function fail(error) {
-  say(error.message, true);
-  enter(pair ? 'ready' : 'failed', error.message);
 }
 
 async function choose(answer, reason = null) {
