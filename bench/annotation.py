@@ -24,9 +24,8 @@ from pathlib import Path
 from harness import RESULTS, Provenance
 from playwright.sync_api import CDPSession, Page, sync_playwright
 
-from densityrl.annotation.meshes import MeshSettings
-from densityrl.annotation.preparer import AnnotationSettings
 from densityrl.annotation.server import serve
+from densityrl.config import AnnotationConfig, MeshSettings
 
 SIZES = {
     "face, 128 points": MeshSettings(),
@@ -148,7 +147,7 @@ def main() -> None:
             server = context.Process(
                 target=serve,
                 args=(
-                    AnnotationSettings(generator="heads", pairs=2 * ANSWERS, mesh=mesh),
+                    AnnotationConfig(generator="heads", pairs=2 * ANSWERS, mesh=mesh),
                     Path(work) / f"{number}.sqlite",
                 ),
                 kwargs={"cache": cache, "on_ready": Ready(ready)},

@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that `densityrl --help` answers at o
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from dataclasses import fields
@@ -14,7 +15,14 @@ from typing import Annotated, Any
 import typer
 
 from densityrl import __version__
-from densityrl.config import FINETUNE_PRESETS, REWARD_PRESETS, FinetuneConfig, RewardConfig
+from densityrl.config import (
+    FINETUNE_PRESETS,
+    REWARD_PRESETS,
+    AnnotationConfig,
+    FinetuneConfig,
+    MeshSettings,
+    RewardConfig,
+)
 from densityrl.errors import DensityRLError
 from densityrl.run import Interrupted
 
@@ -88,10 +96,10 @@ def _known_shape(value: str) -> str:
 def _level_or_auto(value: str) -> float | None:
     if value == "auto":
         return None
-    try:
-        return float(value)
-    except ValueError:
-        raise typer.BadParameter(f"give a raw density or auto, not {value!r}") from None
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(value)):
+            return float(value)
+    raise typer.BadParameter(f"give a raw density or auto, not {value!r}")
 
 
 GeneratorOption = Annotated[
@@ -163,28 +171,32 @@ def annotate(
     database: Annotated[
         Path, typer.Option("--db", help="File of choices (SQLite), made or gone on with.")
     ],
-    pairs: Annotated[int, typer.Option(min=1, help="Pairs that an annotator is given.")] = 200,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs that an annotator is given.")] = _default(
+        AnnotationConfig, "pairs"
+    ),
     repeats: Annotated[
         float,
         typer.Option(min=0, max=1, help="Further ones, as a share: shown again, sides swapped."),
-    ] = 0.1,
+    ] = _default(AnnotationConfig, "repeats"),
     anchors: Annotated[
         float,
         typer.Option(min=0, max=1, help="Share that compares with a known-good sample (psi 0.25)."),
-    ] = 0.0,
+    ] = _default(AnnotationConfig, "anchors"),
     reward: Annotated[
         Path | None, typer.Option(help="Reward that chooses the pairs it is least sure about.")
     ] = None,
     uncertain: Annotated[
         float, typer.Option(min=0, max=1, help="Share of pairs that --reward chooses.")
-    ] = 0.5,
+    ] = _default(AnnotationConfig, "uncertain"),
     annotator: Annotated[str, typer.Option(help="Name that the page proposes.")] = "",
     first_seed: Annotated[
         int, typer.Option(min=0, max=2**31, help="Of the samples shown.")
-    ] = 10_000,
-    truncation_psi: float = 1.0,
-    resolution: Annotated[int, typer.Option(min=8, help="Points a side of the whole box.")] = 128,
-    slab: SlabOption = "face",
+    ] = _default(AnnotationConfig, "first_seed"),
+    truncation_psi: float = _default(AnnotationConfig, "truncation_psi"),
+    resolution: Annotated[
+        int, typer.Option(min=8, help="Points a side of the whole box.")
+    ] = _default(MeshSettings, "resolution"),
+    slab: SlabOption = _default(MeshSettings, "slab"),
     level: Annotated[
         Any,
         typer.Option(
@@ -192,10 +204,10 @@ def annotate(
             parser=_level_or_auto,
             metavar="FLOAT|auto",
         ),
-    ] = "10",
+    ] = _default(AnnotationConfig, "level"),
     triangles: Annotated[
         int, typer.Option(min=1000, help="Of a surface at most; finer ones are simplified.")
-    ] = 200_000,
+    ] = _default(MeshSettings, "triangles"),
     cache: Annotated[
         Path | None, typer.Option(help="Folder of surfaces; by default beside --db.")
     ] = None,
@@ -215,15 +227,14 @@ def annotate(
         raise DensityRLError(
             f"the annotation page needs {error.name}: pip install 'densityrl[annotate]'"
         ) from None
-    from densityrl.annotation.meshes import MeshSettings
-    from densityrl.annotation.preparer import AnnotationSettings
-
     if not is_loopback(host) and not i_know:
         raise typer.BadParameter(
             f"--host {host} lets other machines reach the page, unencrypted; add --i-know if "
             "that is meant, or use an SSH tunnel"
         )
-    settings = AnnotationSettings(
+    if not math.isfinite(truncation_psi):
+        raise typer.BadParameter(f"--truncation-psi takes a finite number, not {truncation_psi}")
+    settings = AnnotationConfig(
         generator=generator,
         pairs=pairs,
         repeats=repeats,

@@ -5,7 +5,7 @@ Values that differ from the paper's recipe (arXiv:2606.27305) say so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
@@ -87,6 +87,36 @@ class FinetuneConfig:
     held_out_every: int = 10  # seeds from 2**31 up
     checkpoint_every: int = 20
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """What of a sample is shown."""
+
+    resolution: int = 128  # points a side of the whole box
+    slab: Literal["face", "full"] = "face"
+    level: float = 10.0  # raw density of the surface, as the paper has it
+    triangles: int = 200_000  # at most; a finer surface is simplified
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotationConfig:
+    """Which pairs an annotator is given, and of what samples."""
+
+    generator: str
+    pairs: int = 200  # an annotator
+    repeats: float = 0.1  # of these shown again, sides swapped
+    anchors: float = 0.0  # share of the pairs that compare with a known-good sample
+    reward: str | None = None  # directory of a reward that chooses pairs
+    uncertain: float = 0.5  # share of the other pairs that it chooses
+    first_seed: int = 10_000  # of the samples shown
+    truncation_psi: float = 1.0
+    anchor_first_seed: int = 100_000  # as reward training has them
+    anchor_psi: float = 0.25
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    level: float | None = 10.0  # None: the suggested one, in place of mesh.level
+    cache_bytes: int = 2 * 2**30
+    device: str = "cpu"
 
 
 # The paper's recipe (arXiv:2606.27305) where it differs from the defaults above, but for the parts

@@ -13,10 +13,11 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from densityrl.config import MeshSettings
 from densityrl.errors import DensityRLError
 from densityrl.preference.store import Sample
 
@@ -32,16 +33,6 @@ OPACITY_LENGTH = 1 / 128  # of the box's side, over which opacity is counted
 
 class NoSurfaceError(DensityRLError):
     """The density of a sample crosses the level nowhere."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshSettings:
-    """What of a sample is shown."""
-
-    resolution: int = 128  # points a side of the whole box
-    slab: Literal["face", "full"] = "face"
-    level: float = 10.0  # raw density of the surface, as the paper has it
-    triangles: int = 200_000  # at most; a finer surface is simplified
 
 
 @dataclass(frozen=True)

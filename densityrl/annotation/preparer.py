@@ -12,13 +12,12 @@ import random
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from densityrl.annotation.meshes import (
     LEVEL_SAMPLES,
-    MeshSettings,
     NoSurfaceError,
     Opened,
     begin_process,
@@ -28,6 +27,7 @@ from densityrl.annotation.meshes import (
     reward_scores,
     reward_stamp,
 )
+from densityrl.config import AnnotationConfig
 from densityrl.errors import DensityRLError
 from densityrl.preference.store import Pair, PreferenceStore, Sample
 
@@ -37,33 +37,13 @@ PLANNED_AHEAD = 6  # pairs; more would be chosen by an older reward
 CANDIDATES = 16  # samples among which the reward's least sure pair is looked for
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnnotationSettings:
-    """Which pairs an annotator is given, and of what."""
-
-    generator: str
-    pairs: int = 200  # an annotator
-    repeats: float = 0.1  # of these shown again, sides swapped
-    anchors: float = 0.0  # share of the pairs that compare with a known-good sample
-    reward: str | None = None  # directory of a reward that chooses pairs
-    uncertain: float = 0.5  # share of the other pairs that it chooses
-    first_seed: int = 10_000
-    truncation_psi: float = 1.0
-    anchor_first_seed: int = 100_000  # as reward training has them
-    anchor_psi: float = 0.25
-    mesh: MeshSettings = field(default_factory=MeshSettings)
-    level: float | None = 10.0  # None: the suggested one, in place of mesh.level
-    cache_bytes: int = 2 * 2**30
-    device: str = "cpu"
-
-
 class Preparer:
     """Plans pairs into the store and makes surfaces into a folder, both ahead of need.
 
     A context manager; `open` comes first, then `run` beside the server.
     """
 
-    def __init__(self, store: PreferenceStore, settings: AnnotationSettings, folder: Path) -> None:
+    def __init__(self, store: PreferenceStore, settings: AnnotationConfig, folder: Path) -> None:
         self.store = store
         self.settings = settings
         self.failure: Exception | None = None

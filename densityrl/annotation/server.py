@@ -30,7 +30,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from densityrl.annotation.meshes import NoSurfaceError, Opened
-from densityrl.annotation.preparer import AnnotationSettings, Preparer
+from densityrl.annotation.preparer import Preparer
+from densityrl.config import AnnotationConfig
 from densityrl.errors import DensityRLError, PreferenceError
 from densityrl.preference.store import (
     NAME_LENGTH,
@@ -353,7 +354,7 @@ def is_loopback(host: str) -> bool:
 
 
 def serve(
-    settings: AnnotationSettings,
+    settings: AnnotationConfig,
     database: str | Path,
     *,
     host: str = "127.0.0.1",

@@ -14,12 +14,12 @@ from tiny import CONFIG, tiny_generator, tiny_reward
 
 from densityrl.annotation.meshes import (
     MeshMaker,
-    MeshSettings,
     NoSurfaceError,
     cache_key,
     reward_stamp,
     suggest_level,
 )
+from densityrl.config import MeshSettings
 from densityrl.export import extract_surface
 from densityrl.generator import TriplaneGenerator, load_generator
 from densityrl.generator.render import eg3d_color

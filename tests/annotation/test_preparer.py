@@ -21,13 +21,9 @@ import torch
 from tiny import save_tiny, tiny_generator, tiny_reward
 
 from densityrl.annotation import preparer as preparer_module
-from densityrl.annotation.meshes import MeshMaker, MeshSettings, NoSurfaceError, make_mesh
-from densityrl.annotation.preparer import (
-    CANDIDATES,
-    PLANNED_AHEAD,
-    AnnotationSettings,
-    Preparer,
-)
+from densityrl.annotation.meshes import MeshMaker, NoSurfaceError, make_mesh
+from densityrl.annotation.preparer import CANDIDATES, PLANNED_AHEAD, Preparer
+from densityrl.config import AnnotationConfig, MeshSettings
 from densityrl.errors import CheckpointError, DensityRLError
 from densityrl.generator import save_generator
 from densityrl.preference.store import Pair, PreferenceStore, Sample
@@ -55,7 +51,7 @@ def preparing(generator, tmp_path):
     with contextlib.ExitStack() as stack:
 
         def make(name="prefs", process=False, **values):
-            settings = AnnotationSettings(
+            settings = AnnotationConfig(
                 **{"generator": generator, "mesh": MESH, "level": MESH.level, **values}
             )
             store = stack.enter_context(PreferenceStore(tmp_path / f"{name}.sqlite", create=True))
@@ -157,7 +153,7 @@ class Scored(Preparer):
 
 
 def sources(tmp_path, name, count):
-    settings = AnnotationSettings(
+    settings = AnnotationConfig(
         generator="none", anchors=0.2, uncertain=0.25, reward=str(tmp_path / "none")
     )
     with PreferenceStore(tmp_path / name, create=True) as store:
@@ -551,7 +547,7 @@ def test_a_generator_of_one_density(preparing, tmp_path, level):
 def test_the_process_ends_with_the_preparer(generator, tmp_path):
     before = set(multiprocessing.active_children())
     with PreferenceStore(tmp_path / "prefs.sqlite", create=True) as store:
-        settings = AnnotationSettings(generator=generator, mesh=MESH, level=MESH.level)
+        settings = AnnotationConfig(generator=generator, mesh=MESH, level=MESH.level)
         with Preparer(store, settings, tmp_path / "meshes") as preparer:
             opened = preparer.open()
             (process,) = set(multiprocessing.active_children()) - before
@@ -568,11 +564,12 @@ def test_the_process_ends_with_the_preparer(generator, tmp_path):
 
 KILLED = """
 import sys, time
-from densityrl.annotation.preparer import AnnotationSettings, Preparer
+from densityrl.annotation.preparer import Preparer
+from densityrl.config import AnnotationConfig
 from densityrl.preference.store import PreferenceStore
 if __name__ == "__main__":
     with PreferenceStore(sys.argv[2], create=True) as store:
-        Preparer(store, AnnotationSettings(generator=sys.argv[1]), __import__("pathlib").Path(
+        Preparer(store, AnnotationConfig(generator=sys.argv[1]), __import__("pathlib").Path(
             sys.argv[2] + ".meshes")).open()
         print("open", flush=True)
         time.sleep(1000)

@@ -22,10 +22,10 @@ from serving import serving
 from tiny import save_tiny
 
 from densityrl.annotation import server as server_module
-from densityrl.annotation.meshes import MeshSettings, NoSurfaceError, Opened
-from densityrl.annotation.preparer import AnnotationSettings
+from densityrl.annotation.meshes import NoSurfaceError, Opened
 from densityrl.annotation.server import BODY_BYTES, PAGE, create_app, is_loopback, listen
 from densityrl.cli import main
+from densityrl.config import AnnotationConfig, MeshSettings
 from densityrl.errors import DensityRLError, PreferenceError
 from densityrl.preference.store import Pair, PreferenceStore, Sample
 
@@ -41,7 +41,7 @@ class Ready:
     """Has every surface made, or says that there is none."""
 
     def __init__(self, folder, pairs=PAIRS):
-        self.settings = AnnotationSettings(generator="none", pairs=pairs, repeats=0)
+        self.settings = AnnotationConfig(generator="none", pairs=pairs, repeats=0)
         self.failure = None
         self.fault = {}  # by sample: the exception in place of its surface
         self.wanted = {}
@@ -641,7 +641,7 @@ def test_waits_for_pairs_that_are_not_planned(store, tmp_path):
 
 def test_the_last_pair_is_not_overlooked(store, preparer, monkeypatch):
     """Planned in the very moment in which there was none."""
-    preparer.settings = AnnotationSettings(generator="none", pairs=PAIRS + 1, repeats=0)
+    preparer.settings = AnnotationConfig(generator="none", pairs=PAIRS + 1, repeats=0)
     client = client_of(store, preparer)
     state = begin(client)
     for _ in range(PAIRS - 1):

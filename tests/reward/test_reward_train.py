@@ -475,6 +475,7 @@ def choices_of(pairs, path, generator):
     return store
 
 
+@only_conv
 def test_a_store_of_choices_trains_as_its_table_does(config, tmp_path):
     pairs = read_preferences(config.preferences)
     choices_of(pairs, tmp_path / "pairs.sqlite", tiny_generator()).close()
@@ -482,6 +483,7 @@ def test_a_store_of_choices_trains_as_its_table_does(config, tmp_path):
     assert train_reward(stored, tmp_path / "stored") == train_reward(config, tmp_path / "table")
 
 
+@only_conv
 def test_choices_about_other_samples_are_refused(config, tmp_path):
     pairs = read_preferences(config.preferences)
     choices_of(pairs, tmp_path / "other.sqlite", tiny_generator(seed=1)).close()
@@ -497,6 +499,7 @@ def test_choices_about_other_samples_are_refused(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@only_conv
 def test_pairs_that_come_in_meanwhile_are_for_the_next_run(config, tmp_path, monkeypatch):
     pairs = read_preferences(config.preferences)
     stored = dataclasses.replace(config, preferences=str(tmp_path / "pairs.sqlite"))
