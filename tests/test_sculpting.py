@@ -13,18 +13,18 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 import sculpt
 
-JUDGED = range(sculpt.FIRST_JUDGED, sculpt.FIRST_JUDGED + 40)
+JUDGED = range(sculpt.FIRST_JUDGED, sculpt.FIRST_JUDGED + 32)
 
 
 @pytest.fixture(scope="module")
 def row(tmp_path_factory):
-    """160 preferences for heads near to their clean twins, one in ten wrong."""
+    """120 preferences for heads near to their clean twins, one in ten wrong."""
     heads = sculpt.Heads("heads", tmp_path_factory.mktemp("sculpt"))
     cell = sculpt.Cell(
         rule="clean",
-        pairs=160,
-        reward={"epochs": 10},
-        finetune={"steps": 30, "consistency_resolution": 32, "appearance_resolution": 24},
+        pairs=120,
+        reward={"epochs": 10, "inversion_slabs": 600},
+        finetune={"steps": 25, "consistency_resolution": 32, "appearance_resolution": 24},
     )
     return sculpt.run_cell(cell, heads, sculpt.Start.of(heads, JUDGED), JUDGED)
 

@@ -8,6 +8,7 @@ import { Viewer } from './viewer.js';
 const $ = (id) => document.getElementById(id);
 const POLL = 400; // milliseconds, while the server chooses a pair
 const STEP = { turn: 0.12, move: 0.05, zoom: 1.15 }; // of one key press
+const LONGEST = 86400; // seconds that the server takes for looking at a pair
 const REMEMBERED = 'densityrl';
 
 let viewer = null;
@@ -170,7 +171,7 @@ async function choose(answer, reason = null) {
   if (unsaved?.task !== task || unsaved.answer !== answer || unsaved.reason !== reason) {
     unsaved = { task, answer, reason, request: identity() };
   }
-  const seconds = elapsed() / 1000;
+  const seconds = Math.min(elapsed() / 1000, LONGEST);
   enter('saving');
   try {
     const reply = await ask('api/choice', { annotator: session.annotator, seconds, ...unsaved });
