@@ -186,8 +186,8 @@ export class Viewer {
     this.camera.fov = THREE.MathUtils.radToDeg(2 * Math.atan(half));
     this.camera.updateProjectionMatrix();
     const { near, far } = this.materials.depth.uniforms;
-    near.value = distance - this.radius;
-    far.value = distance + this.radius;
+    near.value = distance - 0.6 * this.radius;
+    far.value = distance + 0.6 * this.radius;
 
     for (const side of [0, 1]) {
       this.meshes.forEach((mesh, other) => { mesh.visible = other === side && !!this.shown[side]; });
