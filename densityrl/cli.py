@@ -204,7 +204,7 @@ def annotate(
             parser=_level_or_auto,
             metavar="FLOAT|auto",
         ),
-    ] = _default(AnnotationConfig, "level"),
+    ] = _default(MeshSettings, "level"),
     triangles: Annotated[
         int, typer.Option(min=1000, help="Of a surface at most; finer ones are simplified.")
     ] = _default(MeshSettings, "triangles"),
@@ -243,8 +243,7 @@ def annotate(
         uncertain=uncertain,
         first_seed=first_seed,
         truncation_psi=truncation_psi,
-        mesh=MeshSettings(resolution=resolution, slab=slab, triangles=triangles),
-        level=level,
+        mesh=MeshSettings(resolution=resolution, slab=slab, level=level, triangles=triangles),
         device=device,
     )
 

@@ -95,7 +95,8 @@ class MeshSettings:
 
     resolution: int = 128  # points a side of the whole box
     slab: Literal["face", "full"] = "face"
-    level: float = 10.0  # raw density of the surface, as the paper has it
+    # Raw density of the surface, as the paper has it; None: the one that the histogram suggests.
+    level: float | None = 10.0
     triangles: int = 200_000  # at most; a finer surface is simplified
 
 
@@ -114,7 +115,6 @@ class AnnotationConfig:
     anchor_first_seed: int = 100_000  # as reward training has them
     anchor_psi: float = 0.25
     mesh: MeshSettings = field(default_factory=MeshSettings)
-    level: float | None = 10.0  # None: the suggested one, in place of mesh.level
     cache_bytes: int = 2 * 2**30
     device: str = "cpu"
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from densityrl.run import atomic_path, atomic_write
+from densityrl.run import atomic_write
 from triplane_kernels import Grid
 
 SURFACE_LEVEL = 10.0  # raw density at which the paper meshes
@@ -42,10 +43,29 @@ def extract_surface(
     return vertices + np.array(grid.lo, dtype=vertices.dtype), faces
 
 
-def write_mesh(path: str | Path, vertices: np.ndarray, faces: np.ndarray) -> None:
-    """Write a mesh; the suffix (.ply, .glb, .obj, ...) chooses the format."""
+def encoded_mesh(
+    kind: str,
+    vertices: np.ndarray,
+    faces: np.ndarray,
+    *,
+    normals: np.ndarray | None = None,
+    colors: np.ndarray | None = None,
+) -> bytes | str:
+    """A mesh as a file of this kind ("ply", "glb", "obj", ...) has it.
+
+    vertices [V, 3], faces [F, 3]; of the vertices normals [V, 3], colors [V, 3] uint8.
+    """
     import trimesh
 
-    mesh = trimesh.Trimesh(vertices, faces, process=False)
-    with atomic_path(path) as partial:
-        mesh.export(partial, file_type=Path(path).suffix.lstrip("."))
+    mesh = trimesh.Trimesh(
+        vertices, faces, vertex_normals=normals, vertex_colors=colors, process=False
+    )
+    options: dict[str, Any] = {} if normals is None else {"include_normals": True}
+    data = mesh.export(file_type=kind, **options)
+    assert not isinstance(data, dict)  # which only kinds without a file give
+    return data
+
+
+def write_mesh(path: str | Path, vertices: np.ndarray, faces: np.ndarray) -> None:
+    """Write a mesh; the suffix (.ply, .glb, .obj, ...) chooses the format."""
+    atomic_write(path, encoded_mesh(Path(path).suffix.lstrip("."), vertices, faces))

@@ -9,6 +9,7 @@ A kill at any moment leaves each file old or new, never half; torch is imported 
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import math
@@ -79,6 +80,12 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     with atomic_path(path) as partial:
         partial.write_bytes(data)
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    """16 hex digits that are others for other JSON values: a folder's name for what is cached."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_summary(path: Path | str, summary: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from densityrl.errors import RunError
 from densityrl.generator.model import TriplaneGenerator, latents
-from densityrl.run import atomic_write
+from densityrl.run import atomic_write, name_of
 from triplane_kernels import Grid, density_grid
 
 # Fraction of the points cut off each face of the cube: ((left, right), (bottom, top), (rear,
@@ -125,9 +124,8 @@ class VolumeCache:
 
     def __init__(self, root: str | Path, generator: TriplaneGenerator, settings: SlabSettings):
         key = {"generator": generator.fingerprint(), **asdict(settings)}
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.shape = tuple(settings.grid(generator.box_side).shape)
-        self.folder = Path(root) / name
+        self.folder = Path(root) / name_of(key)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "key.json").exists():
             atomic_write(self.folder / "key.json", json.dumps(key, indent=1))

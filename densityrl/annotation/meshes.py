@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from densityrl.config import MeshSettings
 from densityrl.errors import DensityRLError
 from densityrl.preference.store import Sample
+from densityrl.run import atomic_write, name_of
 
 if TYPE_CHECKING:
     from densityrl.generator import TriplaneGenerator
@@ -40,11 +41,16 @@ class Opened:
     """What the process that makes surfaces found when it started."""
 
     fingerprint: str  # of the generator
-    settings: MeshSettings
+    settings: MeshSettings  # with the level
     suggested_level: float
     lo: tuple[float, float, float]  # of the box that is shown, world units
     hi: tuple[float, float, float]
     process: int  # its number
+
+    @property
+    def level(self) -> float:
+        assert self.settings.level is not None
+        return self.settings.level
 
 
 def suggest_level(sigma: np.ndarray, box_side: float) -> float:
@@ -68,7 +74,7 @@ def suggest_level(sigma: np.ndarray, box_side: float) -> float:
 
 
 class MeshMaker:
-    """Surfaces and scores of one generator's samples."""
+    """Surfaces and scores of one generator's samples; surfaces need a level in the settings."""
 
     def __init__(self, generator: TriplaneGenerator, settings: MeshSettings) -> None:
         self.generator = generator
@@ -80,7 +86,7 @@ class MeshMaker:
         settings = self.settings
         return SlabSettings(resolution=settings.resolution, slab=settings.slab, truncation_psi=psi)
 
-    def glb(self, sample: Sample) -> bytes:
+    def glb(self, sample: Sample) -> bytes | str:
         """The surface of a sample as binary glTF: positions, normals, colours, triangles.
 
         Colours are the first three features of the decoder, what the generator renders before
@@ -88,6 +94,7 @@ class MeshMaker:
         """
         import torch
 
+        from densityrl.export import encoded_mesh
         from densityrl.volume import planes_of_seeds, slab_of_planes
 
         slab = self.slab(sample.psi)
@@ -97,12 +104,14 @@ class MeshMaker:
             sigma = slab_of_planes(self.generator, planes, slab)[0].cpu().numpy()
             surface = self._surface(sigma, grid)
             colors = self._colors(planes, surface[0])
-        return _glb(*surface, _normals(sigma, grid, surface[0]), colors)
+            normals = _normals(sigma, grid, surface[0])
+        return encoded_mesh("glb", *surface, normals=normals, colors=colors)
 
     def _surface(self, sigma: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
         from densityrl.export import extract_surface
 
         level, most = self.settings.level, self.settings.triangles
+        assert level is not None
         surface = extract_surface(sigma, grid, level)
         if surface is None:
             raise NoSurfaceError(f"this sample has no surface at the raw density {level:g}")
@@ -140,8 +149,6 @@ class MeshMaker:
 
     def scores(self, reward: RewardModel, samples: Sequence[Sample]) -> list[float]:
         """The reward of each sample, on the slab that the reward was trained on."""
-        from dataclasses import replace
-
         from densityrl.volume import density_slab
 
         values = []
@@ -171,19 +178,6 @@ def _normals(sigma: np.ndarray, grid: Grid, vertices: np.ndarray) -> np.ndarray:
     return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
 
 
-def _glb(
-    vertices: np.ndarray, faces: np.ndarray, normals: np.ndarray, colors: np.ndarray | None
-) -> bytes:
-    import trimesh
-
-    mesh = trimesh.Trimesh(
-        vertices, faces, vertex_normals=normals, vertex_colors=colors, process=False
-    )
-    data = mesh.export(file_type="glb", include_normals=True)
-    assert isinstance(data, bytes)
-    return data
-
-
 # --- in the process that makes surfaces ----------------------------------------------------------
 
 
@@ -208,17 +202,14 @@ def open_generator(
     name: str,
     device: str,
     settings: MeshSettings,
-    level: float | None,
     seeds: Sequence[int],
     psi: float,
 ) -> Opened:
     """Load the generator that this process makes surfaces of; the first call that it gets.
 
-    level: of the surface, or None for the one suggested by the volumes of `seeds`.
+    seeds: of the volumes that suggest a level.
     """
     global _maker
-    from dataclasses import replace
-
     from densityrl.generator import load_generator
 
     generator = load_generator(name, device)
@@ -227,8 +218,8 @@ def open_generator(
         suggested = _maker.suggested_level(seeds, psi)
     except ValueError as error:
         raise DensityRLError(f"nothing of {name} can be shown: {error}") from None
-    settings = replace(settings, level=suggested if level is None else level)
-    _maker = MeshMaker(generator, settings)
+    if settings.level is None:
+        settings = _maker.settings = replace(settings, level=suggested)
     grid = _maker.slab(psi).grid(generator.box_side)
     return Opened(
         fingerprint=generator.fingerprint(),
@@ -242,8 +233,6 @@ def open_generator(
 
 def make_mesh(sample: Sample, path: str) -> None:
     """Write the surface of a sample, whole or not at all."""
-    from densityrl.run import atomic_write
-
     assert _maker is not None, "open_generator comes first"
     atomic_write(path, _maker.glb(sample))
 
@@ -272,8 +261,4 @@ def reward_stamp(directory: str | Path) -> int:
 
 def cache_key(fingerprint: str, settings: MeshSettings) -> str:
     """A name for a folder of surfaces, another one for another generator or setting."""
-    import hashlib
-    import json
-
-    key = json.dumps({"generator": fingerprint, **asdict(settings)}, sort_keys=True)
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
+    return name_of({"generator": fingerprint, **asdict(settings)})

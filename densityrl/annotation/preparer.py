@@ -69,7 +69,6 @@ class Preparer:
                 settings.generator,
                 settings.device,
                 settings.mesh,
-                settings.level,
                 seeds,
                 settings.truncation_psi,
             ).result()

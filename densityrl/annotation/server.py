@@ -383,11 +383,11 @@ def serve(
             "slab": settings.mesh.slab,
             "resolution": settings.mesh.resolution,
         }
-        if settings.level is not None:
-            about["level"] = settings.level
+        if settings.mesh.level is not None:
+            about["level"] = settings.mesh.level
         store.check(about)  # before the generator is loaded, which takes its time
         opened = preparer.open()
-        store.describe({**about, "generator": opened.fingerprint, "level": opened.settings.level})
+        store.describe({**about, "generator": opened.fingerprint, "level": opened.level})
         token = secrets.token_urlsafe(24)
         app = create_app(
             store,
@@ -409,7 +409,7 @@ def serve(
             ),
             lambda: on_ready(
                 f"http://{where}:{sock.getsockname()[1]}/{token}/",
-                opened.settings.level,
+                opened.level,
                 opened.suggested_level,
                 len(store.choices()),
             ),

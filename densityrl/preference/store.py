@@ -12,15 +12,13 @@ Threads may share a store, and processes a file.
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import math
 import random
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,8 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from densityrl.errors import DensityRLError, PreferenceError
-from densityrl.preference.table import PreferenceTable
-from densityrl.run import atomic_write
+from densityrl.preference.table import PreferenceTable, write_csv
 
 Answer = Literal["first", "second", "tie", "skip"]
 Source = Literal["random", "uncertain", "anchor", "imported"]
@@ -380,9 +377,7 @@ class PreferenceStore:
 
     def _give(self, who: int, pairs: int, repeats: float) -> bool:
         """Give an annotator one more task; False if there is none."""
-        position = self._number(
-            "SELECT coalesce(max(position), 0) + 1 FROM task WHERE annotator = ?", who
-        )
+        position = self._next_position(who)
         given = self._number(
             "SELECT count(*) FROM task JOIN pair ON pair.id = task.pair "
             "WHERE annotator = ? AND +repeats IS NULL AND source != 'imported'",
@@ -419,6 +414,11 @@ class PreferenceStore:
             return False
         self._add_task(who, position, new["id"], draw.random() < 0.5, None)
         return True
+
+    def _next_position(self, who: int) -> int:
+        return self._number(
+            "SELECT coalesce(max(position), 0) + 1 FROM task WHERE annotator = ?", who
+        )
 
     def _add_task(
         self, who: int, position: int, pair: int, first_is_left: bool | None, repeats: int | None
@@ -633,9 +633,7 @@ class PreferenceStore:
                 )
             return False
         if task is None:
-            position = self._number(
-                "SELECT coalesce(max(position), 0) + 1 FROM task WHERE annotator = ?", who
-            )
+            position = self._next_position(who)
             self._add_choice(self._add_task(who, position, pair, None, None), answer, *[None] * 3)
         else:
             self._add_choice(task["id"], answer, None, None, None)
@@ -651,7 +649,7 @@ def write_decisions(path: str | Path, store: PreferenceStore) -> int:
     decisions = store.decisions()
     if not decisions:
         raise PreferenceError(f"{store.path} holds no decided pairs yet")
-    _write_csv(
+    write_csv(
         path,
         ("winner", "loser", "annotator", "seconds", "time", "source"),
         [(*_winner_first(c), c.annotator, c.seconds, c.time, c.pair.source) for c in decisions],
@@ -682,16 +680,8 @@ def write_choices(path: str | Path, store: PreferenceStore) -> int:
         "id,annotator,position,time,first_seed,first_psi,second_seed,second_psi,source,"
         "probability,left,repeated,answer,reason,seconds,undone"
     )
-    _write_csv(path, header.split(","), rows)
+    write_csv(path, header.split(","), rows)
     return len(rows)
-
-
-def _write_csv(path: str | Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    atomic_write(path, text.getvalue())
 
 
 def is_store(path: str | Path) -> bool:

@@ -6,9 +6,10 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -132,15 +133,18 @@ def read_preferences(path: Path | str, limit: int | None = None) -> PreferenceTa
 
 def write_preferences(path: Path | str, table: PreferenceTable) -> None:
     """Write `winner,loser` CSV, with an `annotator` column where the table has one; atomic."""
+    columns = {"winner": table.winners.tolist(), "loser": table.losers.tolist()}
+    if table.annotators is not None:
+        columns["annotator"] = table.annotators.tolist()
+    write_csv(path, list(columns), zip(*columns.values(), strict=True))
+
+
+def write_csv(path: Path | str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV whole or not at all; None is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = [table.winners.tolist(), table.losers.tolist()]
-    if table.annotators is None:
-        writer.writerow(["winner", "loser"])
-    else:
-        writer.writerow(["winner", "loser", "annotator"])
-        columns.append(table.annotators.tolist())
-    writer.writerows(zip(*columns, strict=True))
+    writer.writerow(header)
+    writer.writerows(rows)
     atomic_write(path, text.getvalue())
 
 

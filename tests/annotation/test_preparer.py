@@ -51,9 +51,7 @@ def preparing(generator, tmp_path):
     with contextlib.ExitStack() as stack:
 
         def make(name="prefs", process=False, **values):
-            settings = AnnotationConfig(
-                **{"generator": generator, "mesh": MESH, "level": MESH.level, **values}
-            )
+            settings = AnnotationConfig(**{"generator": generator, "mesh": MESH, **values})
             store = stack.enter_context(PreferenceStore(tmp_path / f"{name}.sqlite", create=True))
             preparer = stack.enter_context(Preparer(store, settings, tmp_path / "meshes"))
             if not process:
@@ -375,7 +373,7 @@ def test_a_failure_is_tried_again(preparing, made):
 
 
 def test_no_surface_is_final(preparing, made):
-    preparer = preparing(level=1e5)
+    preparer = preparing(mesh=replace(MESH, level=1e5))
 
     async def work():
         for _ in range(3):
@@ -540,14 +538,14 @@ def test_a_generator_of_one_density(preparing, tmp_path, level):
         parameter.zero_()  # which is then the density everywhere
     save_generator(generator, tmp_path / "constant")
     with pytest.raises(DensityRLError) as error:
-        preparing(generator=str(tmp_path / "constant"), level=level)
+        preparing(generator=str(tmp_path / "constant"), mesh=replace(MESH, level=level))
     assert "the density is the same everywhere" in one_sentence(error)
 
 
 def test_the_process_ends_with_the_preparer(generator, tmp_path):
     before = set(multiprocessing.active_children())
     with PreferenceStore(tmp_path / "prefs.sqlite", create=True) as store:
-        settings = AnnotationConfig(generator=generator, mesh=MESH, level=MESH.level)
+        settings = AnnotationConfig(generator=generator, mesh=MESH)
         with Preparer(store, settings, tmp_path / "meshes") as preparer:
             opened = preparer.open()
             (process,) = set(multiprocessing.active_children()) - before

@@ -118,6 +118,7 @@ function fetchAhead() {
 async function next(reply, ran = 0) {
   session = reply;
   pair = null;
+  if (state() === 'ready') enter('saving'); // no key answers what is not in sight yet
   clock = { ran, since: null };
   fetchAhead();
   tell();
@@ -151,8 +152,8 @@ async function next(reply, ran = 0) {
 /** Ask where the session is; forgotten if an answer was given or began to be saved meanwhile. */
 async function refresh() {
   const during = state();
-  const before = session;
-  const stale = () => session !== before || state() !== during;
+  const [before, sent] = [session, unsaved];
+  const stale = () => session !== before || unsaved !== sent || state() !== during;
   try {
     const reply = await ask(`api/state?annotator=${encodeURIComponent(session.annotator)}`);
     if (stale()) return;
@@ -290,7 +291,7 @@ document.addEventListener('click', (event) => {
 $('undo').addEventListener('click', undo);
 $('pause').addEventListener('click', pause);
 $('help').addEventListener('click', () => $('keys').showModal());
-window.addEventListener('focus', () => { if (session && state() === 'ready') refresh(); });
+window.addEventListener('focus', () => { if (session && !unsaved && state() === 'ready') refresh(); });
 
 // --- skipping ------------------------------------------------------------------------------------
 
